@@ -1,0 +1,45 @@
+"""Fixtures: the scripts under test are imported from their files, never copied."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side: one core each
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a model hub
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "RL_HAND" / "gspo" / "gspo.py"
+
+
+def import_file(path, name="script_under_test"):
+    """A fresh module object from a file: its constants belong to the caller alone."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(*arguments, script=SCRIPT, timeout=300, cwd=ROOT):
+    """Run a script as a user does; returns the finished process with stdout and stderr as text."""
+    return subprocess.run([sys.executable, str(script), *map(str, arguments)], cwd=cwd, text=True,
+                          capture_output=True, timeout=timeout)
+
+
+@pytest.fixture
+def gspo():
+    """gspo.py, imported anew, its constants as in the file."""
+    torch.set_num_threads(1)
+    return import_file(SCRIPT)
+
+
+@pytest.fixture
+def embedded(gspo):
+    """gspo.py with the embedded profile's constants in force."""
+    gspo.configure(["PROFILE=embedded"])
+    return gspo
