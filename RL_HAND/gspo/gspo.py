@@ -114,6 +114,7 @@ WEIGHT_DECAY = 0.0  # AdamW's
 MAX_GRAD_NORM = 1.0  # gradient clipping; 0: none
 MINIBATCH = 8  # completions per optimiser step: part of the algorithm
 MICRO_BATCH = 4  # completions per forward pass: memory only, gradients add up to a minibatch
+LENGTH_BUCKET = 16  # completions padded to a common length: speed only
 SEED = 0  # of sampling, data order and shuffling
 
 # --- Algorithm
@@ -156,7 +157,7 @@ EMBEDDED = {  # for a machine without a GPU: a 0.5 M Qwen3 and a 0.6 M DeBERTa o
     "NUM_EPOCHS": 2,
     "LEARNING_RATE": 1e-4,
     "MINIBATCH": 64,
-    "MICRO_BATCH": 32,
+    "MICRO_BATCH": 64,
     "GSPO_EPOCHS": 2,
     "TARGET_KL": 0.1,
     "EVAL_EVERY": 20,
@@ -486,29 +487,44 @@ def head(model, hidden):
 def score_tokens(model, batch):
     """Log-probs at TEMPERATURE and exact entropy at each completion token, (b, T); 0 in padding.
 
-    A prompt's keys and values are computed once, with gradient, and shared by its completions.
+    Each prompt's keys and values are computed once, with gradient, and shared by its completions;
+    these are run LENGTH_BUCKET at a time, from the shortest to the longest: little is padding.
     """
-    mask = batch.completion_mask.bool()                                           # (b, T)
-    used, index = torch.unique(batch.prompt_index, return_inverse=True)
-    prompt_mask = batch.prompt_mask[used]                                         # (p, L)
+    prompts, index = torch.unique(batch.prompt_index, return_inverse=True)
+    ids, seen = batch.prompt_ids[prompts], batch.prompt_mask[prompts]         # (p, L)
+    cache = DynamicCache(config=model.config)
     with autocast(model.device):
-        cache, place = DynamicCache(config=model.config), positions(prompt_mask)
-        hidden = run_model(model, batch.prompt_ids[used], prompt_mask, place, cache)[:, -1:]
-        hidden = hidden[index]          # (b, 1, H): the first token is predicted at prompt's end
-        if mask.shape[1] > 1:           # and token t at token t - 1
-            cache.batch_select_indices(index)
-            seen = torch.cat([prompt_mask[index], mask[:, :-1].long()], 1)        # (b, L + T - 1)
-            place = positions(seen)[:, 1 - mask.shape[1]:]                        # (b, T - 1)
+        last = run_model(model, ids, seen, positions(seen), cache)[:, -1:]    # (p, 1, H)
+    order = batch.completion_mask.sum(1).argsort(stable=True)
+    scored = []
+    for rows in order.split(LENGTH_BUCKET):
+        of = index[rows]                                                      # their prompts
+        scored.append(score_bucket(model, batch.rows(rows), last[of], seen[of],
+                                   select_cache(model, cache, of)))
+    width, back = batch.completion_mask.shape[1], order.argsort()
+    logps, entropy = (torch.cat([F.pad(x, (0, width - x.shape[1])) for x in column])[back]
+                      for column in zip(*scored))
+    return logps, entropy
+
+
+def score_bucket(model, batch, first_state, prompt_mask, cache):
+    """`score_tokens` of completions behind prompts that were run: their last state (b, 1, H), mask
+    (b, L) and cache."""
+    mask, states = batch.completion_mask.bool(), first_state            # token 0: at prompt's end
+    if mask.shape[1] > 1:                                               # token t: at token t - 1
+        seen = torch.cat([prompt_mask, mask[:, :-1].long()], 1)         # (b, L + T - 1)
+        place = positions(seen)[:, prompt_mask.shape[1]:]               # (b, T - 1)
+        with autocast(model.device):
             rest = run_model(model, batch.completion_ids[:, :-1], seen, place, cache)
-            hidden = torch.cat([hidden, rest], 1)                                 # (b, T, H)
+        states = torch.cat([first_state, rest], 1)                      # (b, T, H)
 
     def score_chunk(states, ids):
-        logits = head(model, states) / TEMPERATURE                                # (n, V)
+        logits = head(model, states) / TEMPERATURE                      # (n, V)
         normaliser = logits.logsumexp(-1)
         expected = (torch.softmax(logits, -1) * logits).sum(-1)
         return logits.gather(1, ids[:, None])[:, 0] - normaliser, normaliser - expected
 
-    states, ids = hidden[mask], batch.completion_ids[mask]                        # real tokens only
+    states, ids = states[mask], batch.completion_ids[mask]              # (n, H), (n,): real tokens
     size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
     if len(ids) <= size:
         logps, entropy = score_chunk(states, ids)
@@ -520,11 +536,19 @@ def score_tokens(model, batch):
     return blank.masked_scatter(mask, logps), blank.masked_scatter(mask, entropy)
 
 
+def select_cache(model, cache, index):
+    """A copy of the cache with the rows `index`, in the autograd graph."""
+    copy = DynamicCache(config=model.config)
+    for i, layer in enumerate(cache.layers):
+        copy.update(layer.keys[index], layer.values[index], i)
+    return copy
+
+
 @torch.no_grad()
 def score_without_grad(model, batch):
     """Log-probs (B, T) of a whole batch, a micro-batch at a time."""
     logps = torch.zeros_like(batch.completion_mask)
-    for rows in by_length(batch.completion_mask).split(MICRO_BATCH):
+    for rows in torch.arange(len(logps), device=logps.device).split(MICRO_BATCH):
         some = score_tokens(model, batch.rows(rows))[0]
         logps[rows, :some.shape[1]] = some
     return logps
@@ -549,14 +573,10 @@ def minibatches(batch, passes, generator):
 
 
 def micro_batches(minibatch):
-    """The minibatch in pieces of MICRO_BATCH completions of like length: little is padding."""
-    for rows in by_length(minibatch.completion_mask).split(MICRO_BATCH):
-        yield minibatch.rows(rows)
-
-
-def by_length(mask):
-    """Row numbers from the shortest completion to the longest."""
-    return mask.sum(1).argsort(stable=True)
+    """The minibatch in pieces of MICRO_BATCH completions."""
+    rows = torch.arange(len(minibatch.prompt_index), device=minibatch.prompt_index.device)
+    for some in rows.split(MICRO_BATCH):
+        yield minibatch.rows(some)
 
 
 def optimiser_step(run, meter):
@@ -1155,8 +1175,9 @@ def check_constants():
         fail(f"DEVICE={DEVICE}: PyTorch finds no CUDA GPU; expected cpu, or a PyTorch with CUDA")
     if GROUP_SIZE < 2:
         fail(f"GROUP_SIZE={GROUP_SIZE}: expected 2 or more: a group's answers are compared")
-    check_at_least(BATCH_SIZE=1, MAX_NEW_TOKENS=1, MAX_PROMPT_TOKENS=1, MINIBATCH=1, MICRO_BATCH=1,
-                   NUM_EPOCHS=1, EVAL_BATCH=1, REWARD_BATCH=1, LOGITS_AT_ONCE=1,
+    check_at_least(BATCH_SIZE=1, MAX_NEW_TOKENS=1, MAX_PROMPT_TOKENS=1, MINIBATCH=1,
+                   MICRO_BATCH=1, LENGTH_BUCKET=1, NUM_EPOCHS=1, EVAL_BATCH=1,
+                   REWARD_BATCH=1, LOGITS_AT_ONCE=1,
                    MAX_REWARD_TOKENS=8, MAX_STEPS=0, EVAL_EVERY=0, EVAL_QUESTIONS=0, SAVE_EVERY=0,
                    SHOW_SAMPLES=0, WARMUP_STEPS=0, MAX_GRAD_NORM=0, LEARNING_RATE=0,
                    EVAL_TEMPERATURE=0)
