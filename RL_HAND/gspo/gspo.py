@@ -65,8 +65,8 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          DynamicCache)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoTokenizer, DynamicCache)
 
 # ========================================== Constants ===========================================
 # Each can be set on the command line as NAME=VALUE. On a machine without a CUDA GPU the values in
@@ -270,7 +270,7 @@ def policy_loss(logps, old_logps, advantages, mask):
     log_ratio = ((logps - old_logps) * mask).sum(1, keepdim=True) / length     # (b, 1)
     log_ratio = log_ratio.clamp(max=20.0)  # far outside any range; keeps inf x 0 from the gradient
     if USE_TOKEN_LEVEL_LOSS:
-        ratio = torch.exp(log_ratio.detach() + logps - logps.detach())         # (b, T)
+        ratio = torch.exp(log_ratio.detach() + (logps - logps.detach()))       # (b, T)
     else:
         ratio = torch.exp(log_ratio).expand_as(mask)                           # (b, T)
     clipped = ratio.clamp(1 - low, 1 + high)
@@ -672,10 +672,11 @@ def model_scorer(model, tokenizer):
 def checked_scores(name, function, questions, responses, references):
     """A source's scores as floats; stops with one line when it raises or returns anything else."""
     try:
-        scores = list(function(questions, responses, references))
+        scores = function(questions, responses, references)
     except Exception as error:  # a user's function may raise anything: its own words are the help
-        fail(f"the reward source {name!r} raised {type(error).__name__}: {error}; expected "
-             f"{len(responses)} scores")
+        fail(f"the reward source {name!r} raised {short(error)}; expected {len(responses)} scores")
+    if not hasattr(scores, "__len__"):
+        fail(f"the reward source {name!r} returned {scores!r}; expected {len(responses)} scores")
     if len(scores) != len(responses):
         fail(f"the reward source {name!r} returned {len(scores)} scores for {len(responses)} "
              "responses; expected one for each")
@@ -771,9 +772,10 @@ def batch_metrics(batch, rewards, advantages, parts):
 
 def read_table(entry, name):
     """One entry of a dataset constant as a list of {question, answer}, or one line and exit."""
-    if not isinstance(entry, dict) or not {"path", "input", "output"} <= set(entry):
-        fail(f"{name}: found {entry!r}; expected a dict with path, input, output (and type)")
-    path, columns = str(entry["path"]), (entry["input"], entry["output"])
+    if (not isinstance(entry, dict) or not {"path", "input", "output"} <= set(entry)
+            or not all(isinstance(value, str) for value in entry.values())):
+        fail(f"{name}: found {entry!r}; expected a dict of strings: path, input, output (and type)")
+    path, columns = entry["path"], (entry["input"], entry["output"])
     kind = entry.get("type") or path.rsplit(".", 1)[-1]
     as_is = {"dtype": False, "convert_dates": False}
     readers = {"parquet": pd.read_parquet, "json": lambda file: pd.read_json(file, **as_is),
@@ -790,7 +792,10 @@ def read_table(entry, name):
         try:
             table = readers[kind](file)
         except Exception as error:  # readers and networks raise anything; the path is the help
-            fail(f"{name}: {file} is no readable {kind} file: {short(error)}; expected one")
+            fail(f"{name}: {file} is no readable {kind} file ({short(error)}); expected one" + (
+                 ": download it and set its path, or PROFILE=embedded" if "://" in file else ""))
+        if table.empty:
+            fail(f"{name}: {file} has no rows; expected at least one")
         for column in columns:
             if column not in table:
                 fail(f"{name}: {file} has no column {column!r}; expected one of "
@@ -798,6 +803,9 @@ def read_table(entry, name):
             if nulls := int(table[column].isna().sum()):
                 fail(f"{name}: {file} has {nulls} empty values in the column {column!r}; expected "
                      "none: drop those rows")
+            odd = [v for v in table[column] if not isinstance(v, (str, int, float))]
+            if odd:
+                fail(f"{name}: {file} has {odd[0]!r} in the column {column!r}; expected text")
         rows += [{"question": str(question), "answer": str(answer)}
                  for question, answer in zip(*(table[column] for column in columns))]
     return rows
@@ -994,7 +1002,11 @@ def save_checkpoint(run, name):
 
 def load_checkpoint(run, folder):
     """Put optimiser, generators, counters and metrics back to where `folder` left them."""
-    state = load_file(folder / "trainer_state.safetensors")
+    try:
+        state = load_file(folder / "trainer_state.safetensors")
+    except Exception as error:  # safetensors has an exception of its own
+        fail(f"RESUME_FROM={folder}: trainer_state.safetensors is damaged ({short(error)}); "
+             "expected a whole checkpoint")
     run.sampler.set_state(state.pop("sampler"))
     run.shuffler.set_state(state.pop("shuffler"))
     entries = defaultdict(dict)
@@ -1003,7 +1015,7 @@ def load_checkpoint(run, folder):
         entries[int(i)][key] = value
     groups = run.optimizer.state_dict()["param_groups"]
     run.optimizer.load_state_dict({"state": dict(entries), "param_groups": groups})
-    for name, value in json.loads((folder / "trainer_state.json").read_text()).items():
+    for name, value in read_json(folder, "trainer_state.json").items():
         setattr(run, name, value)
     shutil.copyfile(folder / "metrics.csv", run.folder / "metrics.csv")
     run.history = pd.read_csv(folder / "metrics.csv").to_dict("records")
@@ -1104,10 +1116,28 @@ def project_root():
     return here.parent
 
 
+def read_json(folder, name):
+    """A checkpoint's JSON file as a dict, or one line and exit."""
+    try:
+        return json.loads((Path(folder) / name).read_text())
+    except (OSError, ValueError) as error:
+        fail(f"RESUME_FROM={folder}: {name} is damaged ({short(error)}); expected a whole one")
+
+
+def find_path(path):
+    """An existing path, from the working directory or else from the project's folder; or None."""
+    return next((p for p in (Path(path), project_root() / path) if path and p.exists()), None)
+
+
 def constants():
     """The constants by name, as they are now."""
     return {name: value for name, value in globals().items() if name.endswith("_datasets") or
             (re.fullmatch("[A-Z][A-Z_]+", name) and name != "EMBEDDED")}
+
+
+def is_number(value):
+    """Whether a value is a finite int or float."""
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def parse_override(argument):
@@ -1123,10 +1153,9 @@ def parse_override(argument):
     if isinstance(default, str):
         return name, str(Path(text).absolute()) if name == "OUTPUT_DIR" else text
     value = text
-    with suppress(ValueError, SyntaxError):
+    with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = ast.literal_eval(text)
-    kind = type(default)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    kind, number = type(default), is_number(value)
     if kind is float and number or kind is int and number and value == int(value):  # 1e3 for 1000
         value = kind(value)
     elif kind is tuple and isinstance(value, list):
@@ -1142,12 +1171,13 @@ def configure(arguments):
     given = dict(parse_override(argument) for argument in arguments)
     saved = {}
     if folder := given.get("RESUME_FROM", RESUME_FROM):
-        for name in ("constants.json", "config.json", "metrics.csv", "trainer_state.safetensors"):
-            if not (Path(folder) / name).is_file():
+        given["RESUME_FROM"] = folder = str((find_path(folder) or Path(folder)).absolute())
+        for name in ("constants.json", "config.json", "model*.safetensors", "metrics.csv",
+                     "trainer_state.json", "trainer_state.safetensors"):
+            if not any(Path(folder).glob(name)):
                 fail(f"RESUME_FROM={folder}: there is no {name}; expected an epoch_N or step_N "
                      "folder, N > 0, of a run")
-        given["RESUME_FROM"] = str(Path(folder).absolute())
-        saved = json.loads((Path(folder) / "constants.json").read_text())["constants"]
+        saved = read_json(folder, "constants.json")["constants"]
         saved = {name: tuple(value) if isinstance(value, list) and "datasets" not in name else value
                  for name, value in saved.items() if name in constants()}
     cuda = torch.cuda.is_available()
@@ -1167,10 +1197,10 @@ def configure(arguments):
 
 def check_constants():
     """Stop with one line if the constants cannot work together."""
-    for name, allowed in {"PROFILE": "auto|full|embedded", "DTYPE": "auto|float32|bfloat16",
-                          "DEVICE": r"auto|cpu|cuda(:\d+)?"}.items():
-        if not re.fullmatch(allowed, globals()[name]):
-            fail(f"{name}={globals()[name]}: expected {allowed}")
+    for name, allowed in {"PROFILE": "auto, full, embedded", "DTYPE": "auto, float32, bfloat16",
+                          "DEVICE": "auto, cpu, cuda, cuda:N"}.items():
+        if re.sub(":[0-9]+$", ":N", globals()[name]) not in allowed.split(", "):
+            fail(f"{name}={globals()[name]}: expected one of {allowed}")
     if DEVICE != "cpu" and not torch.cuda.is_available():
         fail(f"DEVICE={DEVICE}: PyTorch finds no CUDA GPU; expected cpu, or a PyTorch with CUDA")
     if GROUP_SIZE < 2:
@@ -1179,15 +1209,26 @@ def check_constants():
                    MICRO_BATCH=1, LENGTH_BUCKET=1, NUM_EPOCHS=1, EVAL_BATCH=1,
                    REWARD_BATCH=1, LOGITS_AT_ONCE=1,
                    MAX_REWARD_TOKENS=8, MAX_STEPS=0, EVAL_EVERY=0, EVAL_QUESTIONS=0, SAVE_EVERY=0,
-                   SHOW_SAMPLES=0, WARMUP_STEPS=0, MAX_GRAD_NORM=0, LEARNING_RATE=0,
+                   SHOW_SAMPLES=0, WARMUP_STEPS=0, MAX_GRAD_NORM=0, LEARNING_RATE=0, WEIGHT_DECAY=0,
                    EVAL_TEMPERATURE=0)
-    if not TEMPERATURE > 0 or not 0 < TOP_P <= 1:
-        fail(f"TEMPERATURE={TEMPERATURE}, TOP_P={TOP_P}: expected more than 0, and TOP_P <= 1")
+    if not 0.01 <= TEMPERATURE or not 0 < TOP_P <= 1:
+        fail(f"TEMPERATURE={TEMPERATURE}, TOP_P={TOP_P}: expected 0.01 or more, and 0 < TOP_P <= 1")
+    if len(ADAM_BETAS) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in ADAM_BETAS):
+        fail(f"ADAM_BETAS={ADAM_BETAS}: expected two numbers in [0, 1)")
+    if not 0 <= SEED < 2**53:
+        fail(f"SEED={SEED}: expected an integer from 0 to 2**53")
+    if not OUTPUT_DIR:
+        fail("OUTPUT_DIR is empty; expected a folder to make, such as runs/mine")
+    try:
+        re.compile(SEGMENT_END)
+    except re.error as error:
+        fail(f"SEGMENT_END={SEGMENT_END}: {error}; expected a regular expression")
     completions = BATCH_SIZE * GROUP_SIZE
     if completions % MINIBATCH:
         fail(f"MINIBATCH={MINIBATCH} does not divide BATCH_SIZE x GROUP_SIZE = {BATCH_SIZE} x "
              f"{GROUP_SIZE} = {completions} completions; expected a divisor")
-    if not any(REWARD_WEIGHTS.values()) or set(REWARD_WEIGHTS) - {"model", "verifier", "function"}:
+    if (set(REWARD_WEIGHTS) - {"model", "verifier", "function"} or not any(REWARD_WEIGHTS.values())
+            or not all(map(is_number, REWARD_WEIGHTS.values()))):
         fail(f"REWARD_WEIGHTS={REWARD_WEIGHTS}: expected weights of model, verifier or function, "
              "at least one of them not 0")
     if bool(REWARD_WEIGHTS.get("function")) != bool(REWARD_FUNCTION):
@@ -1206,22 +1247,24 @@ def check_at_least(**least):
 def load_reward_function():
     """The function that REWARD_FUNCTION, "file.py:name", names."""
     path, _, name = REWARD_FUNCTION.rpartition(":")
-    file = next((p for p in (Path(path), project_root() / path) if p.is_file()), None)
-    if file is None:
+    file = find_path(path)
+    if file is None or not file.is_file():
         fail(f"REWARD_FUNCTION={REWARD_FUNCTION}: no such file; expected path/to/file.py:name")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return getattr(module, name)
     except Exception as error:  # the user's file may raise anything
-        fail(f"REWARD_FUNCTION={REWARD_FUNCTION}: {short(error)}; expected a file with {name}")
+        fail(f"REWARD_FUNCTION={REWARD_FUNCTION}: {short(error)}; expected a file that can be run")
+    if not callable(getattr(module, name, None)):
+        fail(f"REWARD_FUNCTION={REWARD_FUNCTION}: the file has no function {name!r}; expected one")
+    return getattr(module, name)
 
 
 def find_model(constant):
     """The model that a constant names: its folder, which must be whole, or its id."""
     name = globals()[constant]
-    folder = next((p for p in (Path(name), project_root() / name) if p.is_dir()), None)
+    folder = find_path(name)
     if folder is None:
         return name
     for kind in ("config.json", "*.safetensors", "tokenizer.json"):
@@ -1251,7 +1294,7 @@ def claim_folder():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".partial").touch()
         (folder / ".partial").unlink()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         fail(f"OUTPUT_DIR={OUTPUT_DIR}: {error}; expected a folder that can be made and written to")
     return folder
 
@@ -1264,10 +1307,24 @@ def start(arguments):
     scorers = {"verifier": verify}
     if REWARD_FUNCTION:
         scorers["function"] = load_reward_function()
-    policy_name, reward_name = find_model("POLICY_MODEL"), find_model("REWARD_MODEL")
+    policy_name = find_model("POLICY_MODEL")
+    if uses_model := bool(REWARD_WEIGHTS.get("model")):
+        reward_name = find_model("REWARD_MODEL")
     train_rows = load_rows(train_datasets, "train_datasets")
     eval_rows = load_rows(eval_datasets, "eval_datasets")
+    if REWARD_FUNCTION:
+        row = train_rows[0]
+        checked_scores("function", scorers["function"], [row["question"]], *[[row["answer"]]] * 2)
+    if uses_model:
+        judge_tokenizer = load_pretrained(AutoTokenizer, reward_name, "REWARD_MODEL")
+        outputs = load_pretrained(AutoConfig, reward_name, "REWARD_MODEL").num_labels
+        if outputs != 1:
+            fail(f"REWARD_MODEL={REWARD_MODEL}: it has {outputs} outputs; expected one, the score")
     tokenizer = load_pretrained(AutoTokenizer, policy_name, "POLICY_MODEL")
+    if not tokenizer.chat_template:
+        fail(f"POLICY_MODEL={POLICY_MODEL}: the tokenizer has no chat template; expected a chat model")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any id will do
     train_rows = with_prompts(train_rows, tokenizer, "train_datasets")
     eval_rows = with_prompts(eval_rows, tokenizer, "eval_datasets")[:EVAL_QUESTIONS or None]
     steps_per_epoch = len(train_rows) // BATCH_SIZE
@@ -1281,6 +1338,10 @@ def start(arguments):
             from torch.utils.tensorboard import SummaryWriter as board
         except ImportError:
             fail("TENSORBOARD=True: the package tensorboard is missing; pip install tensorboard")
+    done = read_json(RESUME_FROM, "trainer_state.json")["step"] if RESUME_FROM else 0
+    if done >= total_steps:
+        fail(f"RESUME_FROM={RESUME_FROM} is at step {done} of {total_steps}; expected steps to do: "
+             "raise NUM_EPOCHS or MAX_STEPS")
     folder = claim_folder()
 
     # Evaluation mode throughout: dropout would train another distribution than the sampled one.
@@ -1292,13 +1353,10 @@ def start(arguments):
     if KL_COEF:
         reference = load_pretrained(AutoModelForCausalLM, policy_name, "POLICY_MODEL", dtype=frozen,
                                     attn_implementation="sdpa").to(DEVICE).eval()
-    if REWARD_WEIGHTS.get("model"):
+    if uses_model:
         judge = load_pretrained(AutoModelForSequenceClassification, reward_name, "REWARD_MODEL",
                                 dtype=frozen).to(DEVICE).eval()
-        if judge.config.num_labels != 1:
-            fail(f"REWARD_MODEL={REWARD_MODEL}: {judge.config.num_labels} outputs; expected one")
-        scorers["model"] = model_scorer(judge, load_pretrained(AutoTokenizer, reward_name,
-                                                               "REWARD_MODEL"))
+        scorers["model"] = model_scorer(judge, judge_tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, betas=ADAM_BETAS,
                                   weight_decay=WEIGHT_DECAY, fused=True)
     device = torch.cuda.get_device_name(DEVICE) if DEVICE != "cpu" else \
@@ -1313,9 +1371,6 @@ def start(arguments):
               board=board and board(folder))
     if RESUME_FROM:
         load_checkpoint(run, Path(RESUME_FROM))
-        if run.step >= total_steps:
-            fail(f"RESUME_FROM={RESUME_FROM} stands at step {run.step} of {total_steps}; expected "
-                 "steps to do: raise NUM_EPOCHS or MAX_STEPS")
     describe(run, why, arguments)
     return run
 
