@@ -304,16 +304,18 @@ def token_weights(mask):
 
 
 def kl_to_reference(logps, old_logps, ref_logps):
-    """KL(pi || ref) at each sampled token: r (e^g - g - 1), g = log ref - log pi. (b, T)
+    """KL(pi || ref) at each sampled token (b, T): 1 - r (1 + g), g = log ref - log pi, r = pi/old.
 
-    r = pi / pi_old carries gradient. Over tokens drawn from pi_old the value's expectation is the
-    reverse KL, and its gradient's expectation the reverse KL's gradient, however old the rollout.
-    Without r the gradient of this k3 form is the *forward* KL's; that of plain k1 = -g has mean 0.
+    r carries gradient. Over tokens drawn from pi_old the value's expectation is the reverse KL, and
+    its gradient's expectation the reverse KL's gradient, however old the rollout. It is r k3 =
+    r (e^g - 1 - g) with r e^g = ref / pi_old, which has no gradient, put at its mean, 1: that term
+    alone makes the value heavy-tailed. k3 without r would have the *forward* KL's gradient, and
+    plain k1 = -g one of mean 0.
     """
     if ref_logps is None:
         return torch.zeros_like(logps)
-    gap = (ref_logps - logps).clamp(-20.0, 20.0)
-    return torch.exp((logps - old_logps).clamp(max=20.0)) * (torch.exp(gap) - gap - 1.0)
+    ratio = torch.exp((logps - old_logps).clamp(max=20.0))
+    return 1.0 - ratio * (1.0 + ref_logps - logps)
 
 
 def adapt_kl_coef(coefficient, kl):
@@ -407,6 +409,9 @@ def sample_groups(policy, tokenizer, rows, group_size, generator, temperature=No
         cache = DynamicCache(config=policy.config)
         place = positions(prompt_mask)
         hidden = run_model(policy, prompt_ids, prompt_mask, place, cache)[:, -1]        # (P, H)
+        if not hidden.isfinite().all():
+            fail("the policy's outputs are not finite; expected numbers: lower LEARNING_RATE and go "
+                 "on from an earlier checkpoint")
         cache.batch_select_indices(index)
         hidden, seen, place = hidden[index], prompt_mask[index], place[index, -1:]      # (B, ...)
         live = torch.arange(count, device=device)               # rows that are still being decoded
@@ -671,24 +676,21 @@ def model_scorer(model, tokenizer):
 
 def checked_scores(name, function, questions, responses, references):
     """A source's scores as floats; stops with one line when it raises or returns anything else."""
+    wanted = f"expected {len(responses)} finite numbers, one for each response"
     try:
         scores = function(questions, responses, references)
     except Exception as error:  # a user's function may raise anything: its own words are the help
-        fail(f"the reward source {name!r} raised {short(error)}; expected {len(responses)} scores")
-    if not hasattr(scores, "__len__"):
-        fail(f"the reward source {name!r} returned {scores!r}; expected {len(responses)} scores")
-    if len(scores) != len(responses):
-        fail(f"the reward source {name!r} returned {len(scores)} scores for {len(responses)} "
-             "responses; expected one for each")
-    for response, score in zip(responses, scores):
-        try:
-            finite = math.isfinite(float(score))
-        except (TypeError, ValueError):
-            finite = False
-        if not finite:
-            fail(f"the reward source {name!r} returned {score!r} for {response[:60]!r}; expected a "
-                 "finite number")
-    return [float(score) for score in scores]
+        fail(f"the reward source {name!r} raised {short(error)}; {wanted}")
+    try:
+        numbers = [float(score) for score in scores]
+    except (TypeError, ValueError):
+        fail(f"the reward source {name!r} returned {brief(scores)}; {wanted}")
+    if len(numbers) != len(responses):
+        fail(f"the reward source {name!r} returned {len(numbers)} scores; {wanted}")
+    for response, score in zip(responses, numbers):
+        if not math.isfinite(score):
+            fail(f"the reward source {name!r} returned {score} for {brief(response)}; {wanted}")
+    return numbers
 
 
 def reward_of(scorers, questions, responses, references):
@@ -777,9 +779,9 @@ def read_table(entry, name):
         fail(f"{name}: found {entry!r}; expected a dict of strings: path, input, output (and type)")
     path, columns = entry["path"], (entry["input"], entry["output"])
     kind = entry.get("type") or path.rsplit(".", 1)[-1]
-    as_is = {"dtype": False, "convert_dates": False}
-    readers = {"parquet": pd.read_parquet, "json": lambda file: pd.read_json(file, **as_is),
-               "jsonl": lambda file: pd.read_json(file, lines=True, **as_is)}
+    readers = {"parquet": pd.read_parquet,  # dtype=False: text that looks like a number stays text
+               "json": lambda file: pd.read_json(file, dtype=False),
+               "jsonl": lambda file: pd.read_json(file, dtype=False, lines=True)}
     if kind not in readers:
         fail(f"{name}: {path} has the type {kind!r}; expected {', '.join(readers)}")
     files = [path] if "://" in path else sorted(glob.glob(path) or
@@ -805,7 +807,7 @@ def read_table(entry, name):
                      "none: drop those rows")
             odd = [v for v in table[column] if not isinstance(v, (str, int, float))]
             if odd:
-                fail(f"{name}: {file} has {odd[0]!r} in the column {column!r}; expected text")
+                fail(f"{name}: {file} has {brief(odd[0])} in the column {column!r}; expected text")
         rows += [{"question": str(question), "answer": str(answer)}
                  for question, answer in zip(*(table[column] for column in columns))]
     return rows
@@ -1105,6 +1107,11 @@ def short(error):
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+def brief(value):
+    """A value's repr in one line."""
+    return " ".join(repr(value).split())[:80]
+
+
 def project_root():
     """The folder with data/: above this file, or what a saved copy's constants.json names."""
     here = Path(__file__).resolve()
@@ -1151,7 +1158,7 @@ def parse_override(argument):
              f"; expected one of {', '.join(known)}")
     default = known[name]
     if isinstance(default, str):
-        return name, str(Path(text).absolute()) if name == "OUTPUT_DIR" else text
+        return name, str(Path(text).absolute()) if name == "OUTPUT_DIR" and text else text
     value = text
     with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = ast.literal_eval(text)
@@ -1160,7 +1167,7 @@ def parse_override(argument):
         value = kind(value)
     elif kind is tuple and isinstance(value, list):
         value = tuple(value)
-    if type(value) is kind or name == "CLIP_RANGE" and number:
+    if type(value) is kind and (number or kind is not float) or name == "CLIP_RANGE" and number:
         return name, value
     fail(f"{name}={text}: found {type(value).__name__}; expected {kind.__name__}, as {default!r}")
 
@@ -1322,7 +1329,7 @@ def start(arguments):
             fail(f"REWARD_MODEL={REWARD_MODEL}: it has {outputs} outputs; expected one, the score")
     tokenizer = load_pretrained(AutoTokenizer, policy_name, "POLICY_MODEL")
     if not tokenizer.chat_template:
-        fail(f"POLICY_MODEL={POLICY_MODEL}: the tokenizer has no chat template; expected a chat model")
+        fail(f"POLICY_MODEL={POLICY_MODEL}: no chat template with its tokenizer; expected one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked: any id will do
     train_rows = with_prompts(train_rows, tokenizer, "train_datasets")

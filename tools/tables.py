@@ -1,0 +1,62 @@
+"""Write the tables that the scripts' READMEs take from the code, between their markers.
+
+    python tools/tables.py           # rewrite what is stale
+    python tools/tables.py --check   # exit status 1 if anything is stale
+
+Markers: <!-- constants --> ... <!-- end --> holds the script's constants with both profiles' values.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def constants_table(source):
+    """The constants of a script as a Markdown table, a row each, grouped as in the file."""
+    block = source[source.index("# --- Model"):source.index("\nEMBEDDED = {")]
+    tree = ast.parse(source)
+    assigned = {node.targets[0].id: node for node in tree.body
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
+    embedded = {key.value: ast.unparse(value) for key, value in
+                zip(assigned["EMBEDDED"].value.keys, assigned["EMBEDDED"].value.values)}
+    rows = ["| constant | default | embedded | meaning |", "|---|---|---|---|"]
+    for line in block.splitlines():
+        if line.startswith("# --- "):
+            rows.append(f"| **{line[6:]}** | | | |")
+        elif found := re.match(r"([A-Za-z_]+) = (.*?)(?:\s+# (.*))?$", line):
+            name, meaning = found[1], (found[3] or "").replace("|", "\\|")
+            default = ast.unparse(assigned[name].value)
+            rows.append(f"| `{name}` | `{default}` | " +
+                        (f"`{embedded[name]}`" if name in embedded else "") + f" | {meaning} |")
+    return "\n".join(rows)
+
+
+def refreshed(readme, source):
+    """The README's text with its generated parts made anew."""
+    return re.sub(r"(<!-- constants -->\n).*?(<!-- end -->)",
+                  lambda found: found[1] + constants_table(source) + "\n" + found[2], readme, flags=re.S)
+
+
+def main(arguments):
+    """Refresh or check the README of every script."""
+    stale = []
+    for script in sorted((ROOT / "RL_HAND").glob("*/*.py")):
+        readme = script.with_name("README.md")
+        if script.stem != script.parent.name or not readme.exists():
+            continue
+        text = readme.read_text(encoding="utf-8")
+        new = refreshed(text, script.read_text(encoding="utf-8"))
+        if new != text:
+            stale.append(str(readme.relative_to(ROOT)))
+            if "--check" not in arguments:
+                readme.write_text(new, encoding="utf-8")
+    if stale:
+        print(("stale: " if "--check" in arguments else "rewrote ") + ", ".join(stale))
+    return bool(stale) and "--check" in arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
