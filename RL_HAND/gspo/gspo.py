@@ -57,6 +57,10 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 
+# Before torch is loaded: its threads sleep when they wait. When they spin, as they do unless told,
+# and any other program wants a core, a small model's step takes ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -140,7 +144,7 @@ TOP_P = 1.0  # nucleus of the sampled evaluation only: training samples the whol
 SHOW_SAMPLES = 3  # held-out questions whose answers are printed at each evaluation
 
 # --- Output
-OUTPUT_DIR = "runs/gspo"  # the run's folder; gspo_2, gspo_3, ... if there is one: no overwriting
+OUTPUT_DIR = "runs/{script}"  # the run's folder; with _2, _3, ... if there is one: no overwriting
 SAVE_EVERY = 0  # rollouts between extra checkpoints step_N/; 0: only epoch_N/
 RESUME_FROM = ""  # an epoch_N/ or step_N/ folder to go on from, exactly
 TENSORBOARD = False  # also write event files (pip install tensorboard)
@@ -171,20 +175,22 @@ EMBEDDED = {  # for a machine without a GPU: a 0.5 M Qwen3 and a 0.6 M DeBERTa o
 def train(run):
     """The whole algorithm. `run` (see `start`) holds the models, the data and the run's folder."""
     policy = run.policy
-    for rows in question_batches(run):                                    # BATCH_SIZE questions
+    while run.step < run.total_steps:
         clock = Clock()
+        rows = next_questions(run, BATCH_SIZE)
         batch = sample_groups(policy, run.tokenizer, rows, GROUP_SIZE, run.sampler)  # B completions
         clock.lap("rollout")
-        rewards, parts, segments = score_completions(run, rows, batch)    # (B, K), K = 1 as a rule
+        rewards, parts = score_completions(run, rows, batch)              # (B,)
+        segment_rewards, segments = assign_rewards(run, rows, batch, rewards)  # (B, K), (B, T)
         clock.lap("reward")
-        advantages = compute_advantages(rewards)                          # (B, K)
+        advantages = compute_advantages(segment_rewards)                  # (B, K), K = 1 as a rule
         batch.advantages = advantages.gather(1, segments)                 # (B, T)
         batch.old_logps = behaviour_logps(policy, batch)                  # (B, T)
         if run.reference is not None:
             batch.ref_logps = score_without_grad(run.reference, batch)    # (B, T)
         clock.lap("logps")
 
-        meter = Meter()
+        meter, kl_coef = Meter(), run.state["kl_coef"]
         for minibatch in minibatches(batch, GSPO_EPOCHS, run.shuffler):
             minibatch.weights = token_weights(minibatch.completion_mask)  # (b, T), sums to 1
             for micro in micro_batches(minibatch):
@@ -192,20 +198,27 @@ def train(run):
                 policy_term, statistics = policy_loss(logps, micro.old_logps, micro.advantages,
                                                       micro.completion_mask)
                 kl = kl_to_reference(logps, micro.old_logps, micro.ref_logps)
-                token_loss = policy_term + run.kl_coef * kl - ENTROPY_COEF * entropy
+                token_loss = policy_term + kl_coef * kl - ENTROPY_COEF * entropy
                 (token_loss * micro.weights).sum().backward()
                 meter.add(micro,
                           losses={"loss": token_loss, "policy_loss": policy_term,
                                   "kl_loss": kl, "entropy_loss": -entropy},
                           statistics={"kl": kl, "entropy": entropy, **statistics})
-            optimiser_step(run, meter)
+            optimiser_step(run, "policy", meter)
         clock.lap("update")
 
-        metrics = meter.means() | batch_metrics(batch, rewards, advantages, parts) | clock.times()
-        metrics |= {"kl_coef": run.kl_coef}
+        metrics = meter.means() | batch_metrics(batch, rewards, parts) | clock.times()
+        metrics |= advantage_metrics(advantages[segment_rewards.isfinite()]) | {"kl_coef": kl_coef}
         if ADAPTIVE_KL and run.reference is not None:
-            run.kl_coef = adapt_kl_coef(run.kl_coef, metrics["kl"])
+            run.state["kl_coef"] = adapt_kl_coef(kl_coef, metrics["kl"])
         finish_step(run, metrics)
+
+
+def prepare(run):
+    """What this algorithm needs besides the policy: the reference, and the KL coefficient."""
+    run.state["kl_coef"] = float(KL_COEF)
+    if KL_COEF:
+        run.reference = load_policy(find_model("POLICY_MODEL"), frozen=True)
 
 
 # ========================================= Advantages ===========================================
@@ -232,18 +245,41 @@ def compute_advantages(rewards):
     return advantages.reshape(rewards.shape)
 
 
-def group_std(groups):
-    """Standard deviation of each row of (groups, n), NaN left out. Returns (groups, 1)."""
-    centred = groups - groups.nanmean(1, keepdim=True)
-    count = groups.isfinite().sum(1, keepdim=True)
-    variance = centred.square().nansum(1, keepdim=True) / (count - STD_CORRECTION).clamp(min=1)
-    return variance.sqrt()
+
+def assign_rewards(run, rows, batch, rewards):
+    """Rewards (B, K) of the K segments of each completion, and each token's segment (B, T).
+
+    K = 1: the reward (B,) of the whole answer. With USE_SEQUENCE_LEVEL_REWARD = False an answer is
+    cut where SEGMENT_END matches, every prefix is scored, and a segment's reward is what it added;
+    they sum to the answer's reward less an empty answer's. NaN where there are fewer segments.
+    """
+    segments = torch.zeros_like(batch.completion_ids)                               # (B, T)
+    if USE_SEQUENCE_LEVEL_REWARD:
+        return rewards[:, None], segments
+    tokens = completion_tokens(batch)
+    cuts = [[0, *segment_ends(run.tokenizer, ids)] for ids in tokens]
+    owners = [rows[i] for i, ends in zip(batch.prompt_index.tolist(), cuts) for _ in ends]
+    prefixes = [ids[:end] for ids, ends in zip(tokens, cuts) for end in ends]
+    scores, _ = reward_of(run.scorers, owners, decode(run.tokenizer, prefixes))
+    increments = torch.full((len(cuts), max(map(len, cuts)) - 1), math.nan)         # (B, K)
+    for i, ends in enumerate(cuts):
+        mine, scores = torch.tensor(scores[:len(ends)]), scores[len(ends):]
+        increments[i, :len(ends) - 1] = mine.diff()
+        for k, (start, end) in enumerate(zip(ends, ends[1:])):
+            segments[i, start:end] = k
+    return increments.to(segments.device), segments
 
 
-def without_spread(groups):
-    """(groups, 1) bool: where the values of a row of (groups, n) are equal up to float noise."""
-    scale = groups.abs().nan_to_num(0.0).amax(1, keepdim=True).clamp(min=1.0)
-    return group_std(groups) < 1e-6 * scale
+def segment_ends(tokenizer, ids):
+    """Where the segments of one completion end (token counts, the last is len(ids)). An end token
+    does not make a segment of its own."""
+    ends, start = [], 0
+    for t in range(1, len(ids) - 1):
+        text = tokenizer.decode(ids[start:t], skip_special_tokens=True)
+        if re.search(SEGMENT_END, text):
+            ends.append(t)
+            start = t
+    return [*ends, len(ids)]
 
 
 # ============================================ Loss ==============================================
@@ -281,14 +317,6 @@ def policy_loss(logps, old_logps, advantages, mask):
 def clip_range():
     """CLIP_RANGE as (low, high)."""
     return CLIP_RANGE if isinstance(CLIP_RANGE, tuple) else (CLIP_RANGE, CLIP_RANGE)
-
-
-def ratio_statistics(ratio, advantages, low, high):
-    """The ratio, and the tokens whose gradient is cut: below, A < 0; above, A > 0. (b, T) each."""
-    below = ((ratio < 1 - low) & (advantages < 0)).float()
-    above = ((ratio > 1 + high) & (advantages > 0)).float()
-    return {"ratio": ratio, "clip_ratio/low_mean": below, "clip_ratio/high_mean": above,
-            "clip_ratio/region_mean": below + above}
 
 
 def token_weights(mask):
@@ -348,6 +376,17 @@ def describe_algorithm():
     kl = f"KL {KL_COEF}" + (f" adapted to {TARGET_KL} nats per token" if ADAPTIVE_KL else "")
     return (f"{GSPO_EPOCHS} passes = {updates} updates per rollout; clip {CLIP_RANGE}; "
             f"{ADVANTAGE_TYPE} advantages; {kl if KL_COEF else 'no KL'}; entropy {ENTROPY_COEF}")
+
+
+def algorithm_metrics():
+    """The columns of metrics.csv that are this algorithm's own."""
+    return ["policy_loss", "entropy_loss", "kl_loss", "kl", "kl_coef"]
+
+
+def algorithm_panels():
+    """The panels of the plot that are this algorithm's own: (title, {metric: label})."""
+    return [("KL divergence, nats per token", {"kl": "to the starting policy"}),
+            ("KL coefficient", {"kl_coef": ""}), ("KL loss", {"kl_loss": ""})]
 
 
 # ==== The algorithm ends here. From here on the scripts are the same: you may stop reading. =====
@@ -410,7 +449,7 @@ def sample_groups(policy, tokenizer, rows, group_size, generator, temperature=No
         place = positions(prompt_mask)
         hidden = run_model(policy, prompt_ids, prompt_mask, place, cache)[:, -1]        # (P, H)
         if not hidden.isfinite().all():
-            fail("the policy's outputs are not finite; expected numbers: lower LEARNING_RATE and go "
+            fail("the policy's outputs are not finite; expected numbers: lower LEARNING_RATE, go "
                  "on from an earlier checkpoint")
         cache.batch_select_indices(index)
         hidden, seen, place = hidden[index], prompt_mask[index], place[index, -1:]      # (B, ...)
@@ -504,7 +543,7 @@ def score_tokens(model, batch):
     scored = []
     for rows in order.split(LENGTH_BUCKET):
         of = index[rows]                                                      # their prompts
-        scored.append(score_bucket(model, batch.rows(rows), last[of], seen[of],
+        scored.append(score_bucket(model, batch.rows(rows), last.index_select(0, of), seen[of],
                                    select_cache(model, cache, of)))
     width, back = batch.completion_mask.shape[1], order.argsort()
     logps, entropy = (torch.cat([F.pad(x, (0, width - x.shape[1])) for x in column])[back]
@@ -542,10 +581,11 @@ def score_bucket(model, batch, first_state, prompt_mask, cache):
 
 
 def select_cache(model, cache, index):
-    """A copy of the cache with the rows `index`, in the autograd graph."""
+    """A copy of the cache with the rows `index`, in the autograd graph. index_select, because the
+    gradient of keys[index] is summed in any order on several threads: runs would not repeat."""
     copy = DynamicCache(config=model.config)
     for i, layer in enumerate(cache.layers):
-        copy.update(layer.keys[index], layer.values[index], i)
+        copy.update(layer.keys.index_select(0, index), layer.values.index_select(0, index), i)
     return copy
 
 
@@ -584,19 +624,29 @@ def micro_batches(minibatch):
         yield minibatch.rows(some)
 
 
-def optimiser_step(run, meter):
-    """One AdamW step on the gradient, clipped to MAX_GRAD_NORM; stops if it is not finite."""
-    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), MAX_GRAD_NORM or math.inf)
+def new_optimizer(module, learning_rate):
+    """AdamW over a module's weights; `initial_lr` is what the warm-up grows to."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, betas=ADAM_BETAS,
+                                  weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer.param_groups[0]["initial_lr"] = learning_rate
+    return optimizer
+
+
+def optimiser_step(run, name, meter):
+    """One AdamW step of a trained module on its gradient, clipped to MAX_GRAD_NORM; stops with one
+    line if loss or gradient are not finite."""
+    module, optimizer = run.trained[name]
+    norm = float(torch.nn.utils.clip_grad_norm_(module.parameters(), MAX_GRAD_NORM or math.inf))
     loss = meter.end_minibatch(norm)
     if not math.isfinite(loss) or not math.isfinite(norm):
-        fail(f"step {run.step + 1}: the loss is {loss} and the gradient norm {float(norm)}; "
+        fail(f"step {run.step + 1}: the {name}'s loss is {loss} and its gradient norm {norm}; "
              f"expected finite numbers. The weights were not saved: lower LEARNING_RATE "
              f"({LEARNING_RATE}) and go on from a checkpoint in {run.folder}")
-    run.updates += 1
-    for group in run.optimizer.param_groups:
-        group["lr"] = LEARNING_RATE * min(1.0, run.updates / max(1, WARMUP_STEPS))
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    run.updates += name == "policy"
+    group = optimizer.param_groups[0]
+    group["lr"] = group["initial_lr"] * min(1.0, run.updates / max(1, WARMUP_STEPS))
+    optimizer.step()
+    optimizer.zero_grad()
     meter.learning_rate = group["lr"]
 
 
@@ -615,12 +665,14 @@ class Meter:
         for name, value in statistics.items():
             self.totals[name] += (value.detach() * mask).sum()
         self.tokens += mask.sum()
-        ratio = statistics["ratio"][mask.bool()]
-        self.low, self.high = min(self.low, float(ratio.min())), max(self.high, float(ratio.max()))
+        if "ratio" in statistics:
+            ratio = statistics["ratio"][mask.bool()]
+            self.low = min(self.low, float(ratio.min()))
+            self.high = max(self.high, float(ratio.max()))
 
     def end_minibatch(self, norm):
         """Count a minibatch; returns its loss."""
-        self.norms.append(float(norm))
+        self.norms.append(norm)
         loss, self.closed = float(self.losses["loss"]) - self.closed, float(self.losses["loss"])
         return loss
 
@@ -628,9 +680,18 @@ class Meter:
         """The step's metrics by name."""
         means = {name: float(total) / len(self.norms) for name, total in self.losses.items()}
         means |= {name: float(total / self.tokens) for name, total in self.totals.items()}
-        means |= {"ratio/mean": means.pop("ratio"), "ratio/min": self.low, "ratio/max": self.high}
-        return means | {"grad_norm": sum(self.norms) / len(self.norms),
-                        "learning_rate": self.learning_rate}
+        if "ratio" in means:
+            means |= {"ratio/mean": means.pop("ratio"), "ratio/min": self.low,
+                      "ratio/max": self.high}
+        return means | {"grad_norm": mean(self.norms), "learning_rate": self.learning_rate}
+
+
+def ratio_statistics(ratio, advantages, low, high):
+    """The ratio, and the tokens whose gradient is cut: below, A < 0; above, A > 0. (b, T) each."""
+    below = ((ratio < 1 - low) & (advantages < 0)).float()
+    above = ((ratio > 1 + high) & (advantages > 0)).float()
+    return {"ratio": ratio, "clip_ratio/low_mean": below, "clip_ratio/high_mean": above,
+            "clip_ratio/region_mean": below + above}
 
 
 # =========================================== Reward =============================================
@@ -693,8 +754,9 @@ def checked_scores(name, function, questions, responses, references):
     return numbers
 
 
-def reward_of(scorers, questions, responses, references):
+def reward_of(scorers, rows, responses):
     """Rewards, a list, and each source's unweighted scores by name, the verifier among them."""
+    questions, references = [row["question"] for row in rows], [row["answer"] for row in rows]
     parts = {name: checked_scores(name, function, questions, responses, references)
              for name, function in scorers.items()}
     weights = [REWARD_WEIGHTS.get(name, 0.0) for name in parts]
@@ -702,45 +764,10 @@ def reward_of(scorers, questions, responses, references):
 
 
 def score_completions(run, rows, batch):
-    """Score a rollout: rewards (B, K), the sources' scores by name, each token's segment (B, T).
-
-    K = 1: a reward for the whole answer. With USE_SEQUENCE_LEVEL_REWARD = False an answer is cut
-    where SEGMENT_END matches, every prefix is scored, and a segment's reward is what it added; they
-    sum to the answer's reward less an empty answer's. NaN where there are fewer than K segments.
-    """
+    """Score a rollout: its rewards (B,), and each source's unweighted scores by name."""
     owners = [rows[i] for i in batch.prompt_index.tolist()]
-    questions, references = [r["question"] for r in owners], [r["answer"] for r in owners]
-    tokens = completion_tokens(batch)
-    texts = run.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    totals, parts = reward_of(run.scorers, questions, texts, references)
-    rewards = torch.tensor(totals)[:, None]                                         # (B, 1)
-    segments = torch.zeros_like(batch.completion_ids)                               # (B, T)
-    if not USE_SEQUENCE_LEVEL_REWARD:
-        cuts = [[0, *segment_ends(run.tokenizer, ids)] for ids in tokens]
-        owner = [i for i, ends in enumerate(cuts) for _ in ends]
-        prefixes = [ids[:end] for ids, ends in zip(tokens, cuts) for end in ends]
-        prefixes = run.tokenizer.batch_decode(prefixes, skip_special_tokens=True)
-        scores, _ = reward_of(run.scorers, [questions[i] for i in owner], prefixes,
-                              [references[i] for i in owner])
-        rewards = torch.full((len(texts), max(map(len, cuts)) - 1), math.nan)       # (B, K)
-        for i, ends in enumerate(cuts):
-            mine, scores = torch.tensor(scores[:len(ends)]), scores[len(ends):]
-            rewards[i, :len(ends) - 1] = mine.diff()
-            for k, (start, end) in enumerate(zip(ends, ends[1:])):
-                segments[i, start:end] = k
-    return rewards.to(segments.device), parts, segments
-
-
-def segment_ends(tokenizer, ids):
-    """Where the segments of one completion end (token counts, the last is len(ids)). An end token
-    does not make a segment of its own."""
-    ends, start = [], 0
-    for t in range(1, len(ids) - 1):
-        text = tokenizer.decode(ids[start:t], skip_special_tokens=True)
-        if re.search(SEGMENT_END, text):
-            ends.append(t)
-            start = t
-    return [*ends, len(ids)]
+    rewards, parts = reward_of(run.scorers, owners, decode(run.tokenizer, completion_tokens(batch)))
+    return torch.tensor(rewards, device=batch.completion_ids.device), parts
 
 
 def completion_tokens(batch):
@@ -749,16 +776,33 @@ def completion_tokens(batch):
     return [ids[:n] for ids, n in zip(batch.completion_ids.tolist(), lengths)]
 
 
-def batch_metrics(batch, rewards, advantages, parts):
-    """Metrics of a rollout: reward, accuracy, advantages, lengths, sampler against trainer."""
-    total, lengths = rewards.nansum(1), batch.completion_mask.sum(1)
-    groups = rewards.reshape(-1, GROUP_SIZE * rewards.shape[1])
-    real, mask = advantages[rewards.isfinite()], batch.completion_mask.bool()
+def decode(tokenizer, tokens):
+    """Lists of ids as texts, without special tokens."""
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+
+def group_std(groups):
+    """Standard deviation of each row of (groups, n), NaN left out. Returns (groups, 1)."""
+    centred = groups - groups.nanmean(1, keepdim=True)
+    count = groups.isfinite().sum(1, keepdim=True)
+    variance = centred.square().nansum(1, keepdim=True) / (count - STD_CORRECTION).clamp(min=1)
+    return variance.sqrt()
+
+
+def without_spread(groups):
+    """(groups, 1) bool: where the values of a row of (groups, n) are equal up to float noise."""
+    scale = groups.abs().nan_to_num(0.0).amax(1, keepdim=True).clamp(min=1.0)
+    return group_std(groups) < 1e-6 * scale
+
+
+def batch_metrics(batch, rewards, parts):
+    """Metrics of a rollout: reward, accuracy, lengths, sampler against trainer."""
+    groups, lengths = rewards.reshape(-1, GROUP_SIZE), batch.completion_mask.sum(1)
+    mask = batch.completion_mask.bool()
     apart = (batch.sampled_logps - batch.old_logps)[mask].abs().mean()
     metrics = {
-        "reward": total.mean(), "reward_std": group_std(groups).mean(),
+        "reward": rewards.mean(), "reward_std": group_std(groups).mean(),
         "frac_reward_zero_std": without_spread(groups).float().mean(),
-        "advantage/mean": real.mean(), "advantage/std": real.std(correction=0),
         "completions/mean_length": lengths.mean(), "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": (~batch.ended).float().mean(),
@@ -767,6 +811,12 @@ def batch_metrics(batch, rewards, advantages, parts):
     sources = {f"rewards/{name}": sum(scores) / len(scores) for name, scores in parts.items()}
     metrics = {name: float(value) for name, value in metrics.items()} | sources
     return metrics | {"accuracy": sources["rewards/verifier"]}
+
+
+def advantage_metrics(advantages):
+    """Mean and standard deviation of a 1-D tensor of advantages."""
+    return {"advantage/mean": float(advantages.mean()),
+            "advantage/std": float(advantages.std(correction=0))}
 
 
 # ============================================ Data ==============================================
@@ -840,13 +890,17 @@ def with_prompts(rows, tokenizer, name):
     return kept
 
 
-def question_batches(run):
-    """BATCH_SIZE rows a step, from where the run stands; each epoch in an order of its own."""
-    while run.step < run.total_steps:
-        epoch, place = divmod(run.step, run.steps_per_epoch)
-        order = torch.Generator().manual_seed(SEED + 1000 * epoch)
-        order = torch.randperm(len(run.train_rows), generator=order).tolist()
-        yield [run.train_rows[i] for i in order[place * BATCH_SIZE:(place + 1) * BATCH_SIZE]]
+def next_questions(run, count):
+    """The next `count` rows. Each pass over the data has an order of its own, from SEED."""
+    rows = []
+    for place in range(run.questions, run.questions + count):
+        epoch, i = divmod(place, len(run.train_rows))
+        if i == 0 or not rows:
+            order = torch.Generator().manual_seed(SEED + 1000 * epoch)
+            order = torch.randperm(len(run.train_rows), generator=order).tolist()
+        rows.append(run.train_rows[order[i]])
+    run.questions += count
+    return rows
 
 
 # ========================================= Evaluation ===========================================
@@ -867,18 +921,18 @@ def evaluate(run):
             some = rows[start:start + EVAL_BATCH]
             tokens += completion_tokens(sample_groups(run.policy, run.tokenizer, some, 1, generator,
                                                       temperature, TOP_P))
-        texts[mode] = run.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        texts[mode] = decode(run.tokenizer, tokens)
         lengths[mode] = [len(ids) for ids in tokens]
-    questions, references = [r["question"] for r in rows], [r["answer"] for r in rows]
-    rewards, parts = reward_of(run.scorers, questions, texts["sampled"], references)
+    rewards, parts = reward_of(run.scorers, rows, texts["sampled"])
+    right = verify(None, texts["greedy"], [row["answer"] for row in rows])
     clock.lap("eval")
     metrics = {"eval/accuracy": mean(parts["verifier"]),
-               "eval/accuracy_greedy": mean(verify(questions, texts["greedy"], references)),
+               "eval/accuracy_greedy": mean(right),
                "eval/reward": mean(rewards), "eval/mean_length": mean(lengths["sampled"])}
     lines = []
     for i in range(min(SHOW_SAMPLES, len(rows))):
         scores = ", ".join(f"{name} {values[i]:.2f}" for name, values in parts.items())
-        lines += [f"  {questions[i]}", f"    {texts['sampled'][i]}",
+        lines += [f"  {rows[i]['question']}", f"    {texts['sampled'][i]}",
                   f"    reward {rewards[i]:.2f} ({scores})"]
     return metrics | clock.times(total=False), "\n".join(lines)
 
@@ -893,15 +947,16 @@ def mean(values):
 
 def metric_names():
     """The columns of metrics.csv; the README beside this file explains each."""
-    return """
-        step epoch loss policy_loss entropy_loss kl_loss reward reward_std rewards/model
-        rewards/verifier rewards/function accuracy frac_reward_zero_std advantage/mean advantage/std
-        kl kl_coef entropy clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean ratio/min
-        ratio/mean ratio/max completions/mean_length completions/min_length completions/max_length
+    shared = """
+        reward reward_std rewards/model rewards/verifier rewards/function accuracy
+        frac_reward_zero_std advantage/mean advantage/std entropy clip_ratio/low_mean
+        clip_ratio/high_mean clip_ratio/region_mean ratio/min ratio/mean ratio/max
+        completions/mean_length completions/min_length completions/max_length
         completions/clipped_ratio sampling_logp_difference grad_norm learning_rate num_tokens
-        time/rollout time/reward time/logps time/update step_time eval/accuracy eval/accuracy_greedy
-        eval/reward eval/mean_length time/eval
-    """.split()
+        time/rollout time/reward time/logps time/update step_time eval/accuracy
+        eval/accuracy_greedy eval/reward eval/mean_length time/eval
+    """
+    return ["step", "epoch", "loss", *algorithm_metrics(), *shared.split()]
 
 
 class Clock:
@@ -992,33 +1047,52 @@ def save_checkpoint(run, name):
     if run.step:
         run.policy.save_pretrained(partial)
         run.tokenizer.save_pretrained(partial)
-        state = {f"{key}.{i}": value for i, entry in run.optimizer.state_dict()["state"].items()
-                 for key, value in entry.items()}
-        state |= {"sampler": run.sampler.get_state(), "shuffler": run.shuffler.get_state()}
+        state = {"sampler": run.sampler.get_state(), "shuffler": run.shuffler.get_state()}
+        for part, (module, optimizer) in run.trained.items():
+            if part != "policy":
+                save_file(module.state_dict(), partial / f"{part}.safetensors")
+            state |= {f"{part}.{key}.{i}": value for key, i, value in optimizer_state(optimizer)}
         save_file(state, partial / "trainer_state.safetensors")
-        counters = {key: getattr(run, key) for key in ("step", "updates", "num_tokens", "kl_coef")}
+        counters = {key: getattr(run, key) for key in run_counters()}
         (partial / "trainer_state.json").write_text(json.dumps(counters))
         shutil.copyfile(run.folder / "metrics.csv", partial / "metrics.csv")
     os.replace(partial, run.folder / name)
 
 
+def run_counters():
+    """The fields of Run that a checkpoint keeps as JSON."""
+    return ("step", "updates", "questions", "num_tokens", "state")
+
+
+def optimizer_state(optimizer):
+    """An optimiser's state as (key, parameter number, tensor)."""
+    for i, entry in optimizer.state_dict()["state"].items():
+        for key, value in entry.items():
+            yield key, i, value
+
+
 def load_checkpoint(run, folder):
-    """Put optimiser, generators, counters and metrics back to where `folder` left them."""
+    """Put optimisers, generators, counters and metrics back to where `folder` left them."""
     try:
         state = load_file(folder / "trainer_state.safetensors")
+        modules = {name: load_file(folder / f"{name}.safetensors")
+                   for name in run.trained if name != "policy"}
     except Exception as error:  # safetensors has an exception of its own
-        fail(f"RESUME_FROM={folder}: trainer_state.safetensors is damaged ({short(error)}); "
-             "expected a whole checkpoint")
+        fail(f"RESUME_FROM={folder} is damaged ({short(error)}); expected a whole checkpoint")
     run.sampler.set_state(state.pop("sampler"))
     run.shuffler.set_state(state.pop("shuffler"))
-    entries = defaultdict(dict)
+    entries = defaultdict(lambda: defaultdict(dict))
     for name, value in state.items():
-        key, i = name.rsplit(".", 1)
-        entries[int(i)][key] = value
-    groups = run.optimizer.state_dict()["param_groups"]
-    run.optimizer.load_state_dict({"state": dict(entries), "param_groups": groups})
-    for name, value in read_json(folder, "trainer_state.json").items():
-        setattr(run, name, value)
+        module, key, i = name.split(".")
+        entries[module][int(i)][key] = value
+    for name, (module, optimizer) in run.trained.items():
+        if name in modules:
+            module.load_state_dict(modules[name])
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": dict(entries[name]), "param_groups": groups})
+    counters = read_json(folder, "trainer_state.json")
+    for name in run_counters():
+        setattr(run, name, counters[name])
     shutil.copyfile(folder / "metrics.csv", run.folder / "metrics.csv")
     run.history = pd.read_csv(folder / "metrics.csv").to_dict("records")
 
@@ -1032,9 +1106,7 @@ def plot_metrics(run):
         ("Mean reward", {"reward": "training", "eval/reward": "held out"}),
         ("Policy loss", {"policy_loss": ""}),
         ("Relative advantage", {"advantage/mean": "mean", "advantage/std": "std"}),
-        ("KL divergence, nats per token", {"kl": "to the starting policy"}),
-        ("KL coefficient", {"kl_coef": ""}),
-        ("KL loss", {"kl_loss": ""}),
+        *algorithm_panels(),
         ("Entropy loss, nats", {"entropy_loss": ""}),
         ("Mean response length, tokens", {"completions/mean_length": "training",
                                           "eval/mean_length": "held out"}),
@@ -1046,15 +1118,17 @@ def plot_metrics(run):
         ("Seconds per step", {"time/update": "update", "time/rollout": "rollout",
                               "time/reward": "reward", "time/logps": "log-probs"}),
     ]
-    figure = Figure(figsize=(15, 9), layout="constrained")
-    for axes, (title, curves) in zip(figure.subplots(3, 4).flat, panels):
+    grid = (math.ceil(len(panels) / 4), 4)
+    figure = Figure(figsize=(15, 3 * grid[0]), layout="constrained")
+    cells = list(figure.subplots(*grid).flat)
+    for axes in cells[len(panels):]:
+        axes.remove()
+    for axes, (title, curves) in zip(cells, panels):
         for name, label in curves.items():
             points = table[["step", name]].dropna()
             held_out = name.startswith("eval/")
             axes.plot(points["step"], points[name], label=label, marker="o" if held_out else "",
                       markersize=3.5, linewidth=1.8 if held_out else 1.0)
-        if title.startswith("KL divergence") and run.reference is not None and ADAPTIVE_KL:
-            axes.axhline(TARGET_KL, color="grey", linestyle="--", linewidth=0.9, label="TARGET_KL")
         axes.set_title(title, fontsize=11)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
@@ -1080,16 +1154,17 @@ class Run:
     eval_rows: list
     scorers: dict  # name -> function(questions, responses, references) -> scores
     policy: torch.nn.Module
-    reference: torch.nn.Module | None  # the policy as it started; None when KL_COEF is 0
+    trained: dict  # name -> (module, optimiser); "policy" is among them
     tokenizer: object
-    optimizer: torch.optim.Optimizer
     sampler: torch.Generator  # draws tokens, on the policy's device
     shuffler: torch.Generator  # orders minibatches
     steps_per_epoch: int
     total_steps: int
-    kl_coef: float
+    reference: torch.nn.Module | None = None  # the policy as it started, if the algorithm needs it
+    state: dict = field(default_factory=dict)  # the algorithm's own numbers; checkpoints keep them
     step: int = 0  # rollouts done
-    updates: int = 0  # optimiser steps done
+    updates: int = 0  # optimiser steps of the policy done
+    questions: int = 0  # training questions drawn
     num_tokens: int = 0  # completion tokens sampled for training
     samples: str = ""  # of the last evaluation
     history: list = field(default_factory=list)
@@ -1290,9 +1365,22 @@ def load_pretrained(kind, name, constant, **options):
              f"here: `hf download {name}`, or {constant}=<folder>, or PROFILE=embedded")
 
 
+def frozen_dtype():
+    """Of models that are not trained."""
+    return torch.bfloat16 if DTYPE == "bfloat16" else torch.float32
+
+
+def load_policy(name, frozen=False):
+    """A causal model on DEVICE. Trained weights stay float32: AdamW's steps of 1e-6 round to
+    nothing in bfloat16. Evaluation mode: dropout would make the trained distribution another one."""
+    return load_pretrained(AutoModelForCausalLM, name, "POLICY_MODEL",
+                           dtype=frozen_dtype() if frozen else torch.float32,
+                           attn_implementation="sdpa").to(DEVICE).eval().requires_grad_(not frozen)
+
+
 def claim_folder():
     """Make the run's folder: OUTPUT_DIR, or with _2, _3, ... behind it when that is in use."""
-    wanted = project_root() / OUTPUT_DIR
+    wanted = project_root() / OUTPUT_DIR.replace("{script}", Path(__file__).stem)
     folder, number = wanted, 1
     try:
         while folder.exists() and any(folder.iterdir()):
@@ -1351,21 +1439,11 @@ def start(arguments):
              "raise NUM_EPOCHS or MAX_STEPS")
     folder = claim_folder()
 
-    # Evaluation mode throughout: dropout would train another distribution than the sampled one.
-    # The policy's weights stay float32: steps of 1e-6 round to nothing in bfloat16.
-    frozen = torch.bfloat16 if DTYPE == "bfloat16" else torch.float32
-    policy = load_pretrained(AutoModelForCausalLM, RESUME_FROM or policy_name, "POLICY_MODEL",
-                             dtype=torch.float32, attn_implementation="sdpa").to(DEVICE).eval()
-    reference = None
-    if KL_COEF:
-        reference = load_pretrained(AutoModelForCausalLM, policy_name, "POLICY_MODEL", dtype=frozen,
-                                    attn_implementation="sdpa").to(DEVICE).eval()
+    policy = load_policy(RESUME_FROM or policy_name)
     if uses_model:
         judge = load_pretrained(AutoModelForSequenceClassification, reward_name, "REWARD_MODEL",
-                                dtype=frozen).to(DEVICE).eval()
+                                dtype=frozen_dtype()).to(DEVICE).eval()
         scorers["model"] = model_scorer(judge, judge_tokenizer)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, betas=ADAM_BETAS,
-                                  weight_decay=WEIGHT_DECAY, fused=True)
     device = torch.cuda.get_device_name(DEVICE) if DEVICE != "cpu" else \
         f"CPU, {torch.get_num_threads()} threads"
     facts = {"script": Path(__file__).stem, "device": device, "python": platform.python_version(),
@@ -1373,9 +1451,10 @@ def start(arguments):
              "commit": git_commit(), "project": str(project_root()), "command": sys.argv,
              "started": time.strftime("%Y-%m-%d %H:%M:%S")}
     run = Run(folder, facts, Path(__file__).read_bytes(), train_rows, eval_rows, scorers, policy,
-              reference, tokenizer, optimizer, torch.Generator(DEVICE).manual_seed(SEED),
-              torch.Generator().manual_seed(SEED), steps_per_epoch, total_steps, float(KL_COEF),
-              board=board and board(folder))
+              {"policy": (policy, new_optimizer(policy, LEARNING_RATE))}, tokenizer,
+              torch.Generator(DEVICE).manual_seed(SEED), torch.Generator().manual_seed(SEED),
+              steps_per_epoch, total_steps, board=board and board(folder))
+    prepare(run)
     if RESUME_FROM:
         load_checkpoint(run, Path(RESUME_FROM))
     describe(run, why, arguments)
@@ -1395,7 +1474,6 @@ def describe(run, why, arguments):
     size = sum(p.numel() for p in run.policy.parameters()) / 1e6
     weights = " + ".join(f"{weight} {name}" for name, weight in REWARD_WEIGHTS.items() if weight)
     silent = sum(last_number(row["answer"]) is None for row in run.train_rows)
-    left = len(run.train_rows) % BATCH_SIZE
     lines = {
         "profile": f"{PROFILE} ({why}); {run.facts['device']}; {DTYPE}; torch {torch.__version__}",
         "settings": " ".join(arguments) or "the defaults",
@@ -1409,8 +1487,7 @@ def describe(run, why, arguments):
                    f"of at most {MAX_NEW_TOKENS} tokens; minibatch {MINIBATCH}, "
                    f"micro-batch {MICRO_BATCH}",
         "algorithm": describe_algorithm(),
-        "steps": f"{run.total_steps}, {run.steps_per_epoch} an epoch" +
-                 (f", which leaves {left} questions out" if left else ""),
+        "steps": f"{run.total_steps}, {run.steps_per_epoch} an epoch",
         "output": str(run.folder),
         "check": check_reward_model(run) if "model" in run.scorers else "",
     }
