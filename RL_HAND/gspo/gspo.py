@@ -104,7 +104,8 @@ TEMPERATURE = 1.0  # of the sampled and of the trained distribution: they must b
 REWARD_WEIGHTS = {"model": 0.5, "verifier": 1.0}  # and "function"; the reward is their sum
 REWARD_SIGMOID = True  # the reward model's score goes through a sigmoid: 0.5 x it < 1 right answer
 REWARD_FUNCTION = ""  # "file.py:name": name(questions, responses, references) -> scores
-SEGMENT_END = r"[.\n]\s*$"  # where a segment ends, with USE_SEQUENCE_LEVEL_REWARD = False
+USE_SEQUENCE_LEVEL_REWARD = True  # False: each segment is rewarded with what it added
+SEGMENT_END = r"[.\n]\s*$"  # where a segment ends: after a full stop or a line
 MAX_REWARD_TOKENS = 512  # tokens of a pair, DeBERTa's training length; the longer part is cut
 REWARD_BATCH = 64  # pairs per forward pass of the reward model; changes memory only
 
@@ -128,8 +129,7 @@ ADVANTAGE_TYPE = "relative"  # "relative": R - mean; "normalized": (R - mean) / 
 USE_GROUP_NORMALIZATION = True  # mean and std over each group; False: over the whole rollout
 STD_CORRECTION = 1  # the std divides by n - 1 (as TRL and verl do); 0: by n
 ADVANTAGE_EPSILON = 1e-6  # added to the std
-USE_TOKEN_LEVEL_LOSS = False  # True: GSPO-token (Eq. 13): advantages may differ within an answer
-USE_SEQUENCE_LEVEL_REWARD = True  # False: each sentence gets what it added to the reward
+USE_TOKEN_LEVEL_LOSS = False  # True: GSPO-token (Eq. 13), for several advantages in an answer
 ENTROPY_COEF = 0.01  # weight of the entropy bonus
 KL_COEF = 0.2  # weight of the KL to the starting policy; 0: the reference is never loaded
 ADAPTIVE_KL = True  # move that weight to keep the KL near TARGET_KL
@@ -181,10 +181,8 @@ def train(run):
         batch = sample_groups(policy, run.tokenizer, rows, GROUP_SIZE, run.sampler)  # B completions
         clock.lap("rollout")
         rewards, parts = score_completions(run, rows, batch)              # (B,)
-        segment_rewards, segments = assign_rewards(run, rows, batch, rewards)  # (B, K), (B, T)
+        batch.advantages = token_advantages(run, rows, batch, rewards)    # (B, T)
         clock.lap("reward")
-        advantages = compute_advantages(segment_rewards)                  # (B, K), K = 1 as a rule
-        batch.advantages = advantages.gather(1, segments)                 # (B, T)
         batch.old_logps = behaviour_logps(policy, batch)                  # (B, T)
         if run.reference is not None:
             batch.ref_logps = score_without_grad(run.reference, batch)    # (B, T)
@@ -208,7 +206,7 @@ def train(run):
         clock.lap("update")
 
         metrics = meter.means() | batch_metrics(batch, rewards, parts) | clock.times()
-        metrics |= advantage_metrics(advantages[segment_rewards.isfinite()]) | {"kl_coef": kl_coef}
+        metrics |= {"kl_coef": kl_coef}
         if ADAPTIVE_KL and run.reference is not None:
             run.state["kl_coef"] = adapt_kl_coef(kl_coef, metrics["kl"])
         finish_step(run, metrics)
@@ -227,17 +225,16 @@ def prepare(run):
 def compute_advantages(rewards):
     """Group-relative advantages (Eq. 6, arXiv:2507.18071).
 
-    rewards: (B, K) float, GROUP_SIZE rows per prompt; K segments per completion (1 when the reward
-    is the whole sequence's), NaN where a completion has fewer. Returns (B, K), 0 where NaN.
+    rewards: (B,) float, GROUP_SIZE consecutive completions per prompt; or (B, K), a reward for each
+    of K segments of a completion, NaN where it has fewer. Returns the same shape, 0 where NaN.
 
     A group without spread carries no signal and gets exactly 0: divided by a std that is float
     noise, equal scores would get advantages of any size, whatever the epsilon.
 
-    >>> compute_advantages(torch.tensor([[95.0], [70.0], [85.0], [80.0]]))[:, 0].tolist()
+    >>> compute_advantages(torch.tensor([95.0, 70.0, 85.0, 80.0])).tolist()
     [12.5, -12.5, 2.5, -2.5]
     """
-    per_group = GROUP_SIZE * rewards.shape[1] if USE_GROUP_NORMALIZATION else rewards.numel()
-    groups = rewards.reshape(-1, per_group)
+    groups = rewards.reshape(len(rewards) // GROUP_SIZE if USE_GROUP_NORMALIZATION else 1, -1)
     advantages = groups - groups.nanmean(1, keepdim=True)
     if ADVANTAGE_TYPE == "normalized":
         advantages = advantages / (group_std(groups) + ADVANTAGE_EPSILON)
@@ -245,41 +242,12 @@ def compute_advantages(rewards):
     return advantages.reshape(rewards.shape)
 
 
-
-def assign_rewards(run, rows, batch, rewards):
-    """Rewards (B, K) of the K segments of each completion, and each token's segment (B, T).
-
-    K = 1: the reward (B,) of the whole answer. With USE_SEQUENCE_LEVEL_REWARD = False an answer is
-    cut where SEGMENT_END matches, every prefix is scored, and a segment's reward is what it added;
-    they sum to the answer's reward less an empty answer's. NaN where there are fewer segments.
-    """
-    segments = torch.zeros_like(batch.completion_ids)                               # (B, T)
+def token_advantages(run, rows, batch, rewards):
+    """The advantage of each token (B, T): its answer's, or its segment's where those are rewarded."""
     if USE_SEQUENCE_LEVEL_REWARD:
-        return rewards[:, None], segments
-    tokens = completion_tokens(batch)
-    cuts = [[0, *segment_ends(run.tokenizer, ids)] for ids in tokens]
-    owners = [rows[i] for i, ends in zip(batch.prompt_index.tolist(), cuts) for _ in ends]
-    prefixes = [ids[:end] for ids, ends in zip(tokens, cuts) for end in ends]
-    scores, _ = reward_of(run.scorers, owners, decode(run.tokenizer, prefixes))
-    increments = torch.full((len(cuts), max(map(len, cuts)) - 1), math.nan)         # (B, K)
-    for i, ends in enumerate(cuts):
-        mine, scores = torch.tensor(scores[:len(ends)]), scores[len(ends):]
-        increments[i, :len(ends) - 1] = mine.diff()
-        for k, (start, end) in enumerate(zip(ends, ends[1:])):
-            segments[i, start:end] = k
-    return increments.to(segments.device), segments
-
-
-def segment_ends(tokenizer, ids):
-    """Where the segments of one completion end (token counts, the last is len(ids)). An end token
-    does not make a segment of its own."""
-    ends, start = [], 0
-    for t in range(1, len(ids) - 1):
-        text = tokenizer.decode(ids[start:t], skip_special_tokens=True)
-        if re.search(SEGMENT_END, text):
-            ends.append(t)
-            start = t
-    return [*ends, len(ids)]
+        return compute_advantages(rewards)[:, None].expand_as(batch.completion_mask)
+    increments, segments = segment_rewards(run, rows, batch)              # (B, K), (B, T)
+    return compute_advantages(increments).gather(1, segments)
 
 
 # ============================================ Loss ==============================================
@@ -366,6 +334,8 @@ def check_algorithm():
     if not USE_SEQUENCE_LEVEL_REWARD and not USE_TOKEN_LEVEL_LOSS:
         fail("USE_SEQUENCE_LEVEL_REWARD=False makes advantages per token, which only GSPO-token "
              "can use; expected USE_TOKEN_LEVEL_LOSS=True with it")
+    if GROUP_SIZE < 2:
+        fail(f"GROUP_SIZE={GROUP_SIZE}: expected 2 or more: a group's answers are compared")
     check_at_least(GSPO_EPOCHS=1, ENTROPY_COEF=0, KL_COEF=0, TARGET_KL=0, ADVANTAGE_EPSILON=0,
                    STD_CORRECTION=0)
 
@@ -770,6 +740,37 @@ def score_completions(run, rows, batch):
     return torch.tensor(rewards, device=batch.completion_ids.device), parts
 
 
+def segment_rewards(run, rows, batch):
+    """What each segment of an answer adds to the reward, (B, K), and each token's segment, (B, T).
+
+    An answer is cut where SEGMENT_END matches, and every prefix is scored; increments sum to the
+    answer's reward less an empty answer's. NaN where an answer has fewer than K segments.
+    """
+    tokens, segments = completion_tokens(batch), torch.zeros_like(batch.completion_ids)
+    cuts = [[0, *segment_ends(run.tokenizer, ids)] for ids in tokens]
+    owners = [rows[i] for i, ends in zip(batch.prompt_index.tolist(), cuts) for _ in ends]
+    prefixes = [ids[:end] for ids, ends in zip(tokens, cuts) for end in ends]
+    scores, _ = reward_of(run.scorers, owners, decode(run.tokenizer, prefixes))
+    increments = torch.full((len(cuts), max(map(len, cuts)) - 1), math.nan)
+    for i, ends in enumerate(cuts):
+        mine, scores = torch.tensor(scores[:len(ends)]), scores[len(ends):]
+        increments[i, :len(ends) - 1] = mine.diff()
+        for k, (start, end) in enumerate(zip(ends, ends[1:])):
+            segments[i, start:end] = k
+    return increments.to(segments.device), segments
+
+
+def segment_ends(tokenizer, ids):
+    """Where the segments of one completion end (token counts, the last is len(ids)). An end token
+    does not make a segment of its own."""
+    ends, start = [], 0
+    for t in range(1, len(ids) - 1):
+        if re.search(SEGMENT_END, tokenizer.decode(ids[start:t], skip_special_tokens=True)):
+            ends.append(t)
+            start = t
+    return [*ends, len(ids)]
+
+
 def completion_tokens(batch):
     """The completions as lists of ids, without padding."""
     lengths = batch.completion_mask.sum(1).long().tolist()
@@ -799,10 +800,12 @@ def batch_metrics(batch, rewards, parts):
     """Metrics of a rollout: reward, accuracy, lengths, sampler against trainer."""
     groups, lengths = rewards.reshape(-1, GROUP_SIZE), batch.completion_mask.sum(1)
     mask = batch.completion_mask.bool()
+    advantages = (batch.advantages * batch.completion_mask).sum(1) / lengths  # (B,)
     apart = (batch.sampled_logps - batch.old_logps)[mask].abs().mean()
     metrics = {
         "reward": rewards.mean(), "reward_std": group_std(groups).mean(),
         "frac_reward_zero_std": without_spread(groups).float().mean(),
+        "advantage/mean": advantages.mean(), "advantage/std": advantages.std(correction=0),
         "completions/mean_length": lengths.mean(), "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": (~batch.ended).float().mean(),
@@ -811,12 +814,6 @@ def batch_metrics(batch, rewards, parts):
     sources = {f"rewards/{name}": sum(scores) / len(scores) for name, scores in parts.items()}
     metrics = {name: float(value) for name, value in metrics.items()} | sources
     return metrics | {"accuracy": sources["rewards/verifier"]}
-
-
-def advantage_metrics(advantages):
-    """Mean and standard deviation of a 1-D tensor of advantages."""
-    return {"advantage/mean": float(advantages.mean()),
-            "advantage/std": float(advantages.std(correction=0))}
 
 
 # ============================================ Data ==============================================
@@ -1285,12 +1282,10 @@ def check_constants():
             fail(f"{name}={globals()[name]}: expected one of {allowed}")
     if DEVICE != "cpu" and not torch.cuda.is_available():
         fail(f"DEVICE={DEVICE}: PyTorch finds no CUDA GPU; expected cpu, or a PyTorch with CUDA")
-    if GROUP_SIZE < 2:
-        fail(f"GROUP_SIZE={GROUP_SIZE}: expected 2 or more: a group's answers are compared")
-    check_at_least(BATCH_SIZE=1, MAX_NEW_TOKENS=1, MAX_PROMPT_TOKENS=1, MINIBATCH=1,
+    check_at_least(BATCH_SIZE=1, GROUP_SIZE=1, MAX_NEW_TOKENS=1, MAX_PROMPT_TOKENS=1, MINIBATCH=1,
                    MICRO_BATCH=1, LENGTH_BUCKET=1, NUM_EPOCHS=1, EVAL_BATCH=1,
-                   REWARD_BATCH=1, LOGITS_AT_ONCE=1,
-                   MAX_REWARD_TOKENS=8, MAX_STEPS=0, EVAL_EVERY=0, EVAL_QUESTIONS=0, SAVE_EVERY=0,
+                   REWARD_BATCH=1, LOGITS_AT_ONCE=1, MAX_REWARD_TOKENS=8,
+                   MAX_STEPS=0, EVAL_EVERY=0, EVAL_QUESTIONS=0, SAVE_EVERY=0,
                    SHOW_SAMPLES=0, WARMUP_STEPS=0, MAX_GRAD_NORM=0, LEARNING_RATE=0, WEIGHT_DECAY=0,
                    EVAL_TEMPERATURE=0)
     if not 0.01 <= TEMPERATURE or not 0 < TOP_P <= 1:
@@ -1372,7 +1367,7 @@ def frozen_dtype():
 
 def load_policy(name, frozen=False):
     """A causal model on DEVICE. Trained weights stay float32: AdamW's steps of 1e-6 round to
-    nothing in bfloat16. Evaluation mode: dropout would make the trained distribution another one."""
+    nothing in bfloat16. Evaluation mode: dropout would train something else."""
     return load_pretrained(AutoModelForCausalLM, name, "POLICY_MODEL",
                            dtype=frozen_dtype() if frozen else torch.float32,
                            attn_implementation="sdpa").to(DEVICE).eval().requires_grad_(not frozen)
