@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "RL_HAND" / "gspo" / "gspo.py"
+SCRIPT = Path(os.environ.get("RL_HAND_SCRIPT", ROOT / "RL_HAND" / "gspo" / "gspo.py"))
 
 
 def import_file(path, name="script_under_test"):

@@ -115,6 +115,7 @@ MAX_STEPS = 0  # stop after this many rollouts; 0: after NUM_EPOCHS
 LEARNING_RATE = 1e-6  # AdamW's
 WARMUP_STEPS = 0  # optimiser steps of linear warm-up
 ADAM_BETAS = (0.9, 0.95)  # AdamW's
+ADAM_EPSILON = 1e-8  # AdamW's
 WEIGHT_DECAY = 0.0  # AdamW's
 MAX_GRAD_NORM = 1.0  # gradient clipping; 0: none
 MINIBATCH = 8  # completions per optimiser step: part of the algorithm
@@ -243,7 +244,7 @@ def compute_advantages(rewards):
 
 
 def token_advantages(run, rows, batch, rewards):
-    """The advantage of each token (B, T): its answer's, or its segment's where those are rewarded."""
+    """The advantage of each token (B, T): its answer's, or its segment's if those are rewarded."""
     if USE_SEQUENCE_LEVEL_REWARD:
         return compute_advantages(rewards)[:, None].expand_as(batch.completion_mask)
     increments, segments = segment_rewards(run, rows, batch)              # (B, K), (B, T)
@@ -381,6 +382,8 @@ class Batch:
     old_logps: torch.Tensor | None = None  # (B, T) the sampling policy's, for the ratio
     ref_logps: torch.Tensor | None = None  # (B, T)
     advantages: torch.Tensor | None = None  # (B, T)
+    old_values: torch.Tensor | None = None  # (B, T) a critic's, if there is one
+    returns: torch.Tensor | None = None  # (B, T) what the critic should have said
     weights: torch.Tensor | None = None  # (B, T)
 
     def rows(self, index):
@@ -388,7 +391,7 @@ class Batch:
         longest = int(self.completion_mask[index].sum(1).max())
         picked = {"prompt_index": self.prompt_index[index], "ended": self.ended[index]}
         for name in ("completion_ids", "completion_mask", "sampled_logps", "old_logps", "ref_logps",
-                     "advantages", "weights"):
+                     "advantages", "old_values", "returns", "weights"):
             value = getattr(self, name)
             picked[name] = None if value is None else value[index, :longest]
         return replace(self, **picked)
@@ -499,7 +502,28 @@ def head(model, hidden):
 
 
 def score_tokens(model, batch):
-    """Log-probs at TEMPERATURE and exact entropy at each completion token, (b, T); 0 in padding.
+    """Log-probs at TEMPERATURE and exact entropy at each completion token, (b, T); 0 in padding."""
+    def score_chunk(states, ids):
+        logits = head(model, states) / TEMPERATURE                            # (n, V)
+        normaliser = logits.logsumexp(-1)
+        expected = (torch.softmax(logits, -1) * logits).sum(-1)
+        return logits.gather(1, ids[:, None])[:, 0] - normaliser, normaliser - expected
+
+    def score(states, ids):
+        size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+        if len(ids) <= size:
+            return score_chunk(states, ids)
+        # Each chunk's logits are thrown away, and made again in the backward pass.
+        chunks = [checkpoint(score_chunk, s, i, use_reentrant=False)
+                  for s, i in zip(states.split(size), ids.split(size))]
+        return tuple(torch.cat(column) for column in zip(*chunks))
+
+    return at_tokens(model, batch, score)
+
+
+def at_tokens(model, batch, function):
+    """`function`(states (n, H), ids (n,)) -> tuple of (n,), of the state before each completion
+    token. Returns a tuple of (b, T), 0 in padding.
 
     Each prompt's keys and values are computed once, with gradient, and shared by its completions;
     these are run LENGTH_BUCKET at a time, from the shortest to the longest: little is padding.
@@ -510,44 +534,24 @@ def score_tokens(model, batch):
     with autocast(model.device):
         last = run_model(model, ids, seen, positions(seen), cache)[:, -1:]    # (p, 1, H)
     order = batch.completion_mask.sum(1).argsort(stable=True)
-    scored = []
+    results = []
     for rows in order.split(LENGTH_BUCKET):
-        of = index[rows]                                                      # their prompts
-        scored.append(score_bucket(model, batch.rows(rows), last.index_select(0, of), seen[of],
-                                   select_cache(model, cache, of)))
-    width, back = batch.completion_mask.shape[1], order.argsort()
-    logps, entropy = (torch.cat([F.pad(x, (0, width - x.shape[1])) for x in column])[back]
-                      for column in zip(*scored))
-    return logps, entropy
-
-
-def score_bucket(model, batch, first_state, prompt_mask, cache):
-    """`score_tokens` of completions behind prompts that were run: their last state (b, 1, H), mask
-    (b, L) and cache."""
-    mask, states = batch.completion_mask.bool(), first_state            # token 0: at prompt's end
-    if mask.shape[1] > 1:                                               # token t: at token t - 1
-        seen = torch.cat([prompt_mask, mask[:, :-1].long()], 1)         # (b, L + T - 1)
-        place = positions(seen)[:, prompt_mask.shape[1]:]               # (b, T - 1)
-        with autocast(model.device):
-            rest = run_model(model, batch.completion_ids[:, :-1], seen, place, cache)
-        states = torch.cat([first_state, rest], 1)                      # (b, T, H)
-
-    def score_chunk(states, ids):
-        logits = head(model, states) / TEMPERATURE                      # (n, V)
-        normaliser = logits.logsumexp(-1)
-        expected = (torch.softmax(logits, -1) * logits).sum(-1)
-        return logits.gather(1, ids[:, None])[:, 0] - normaliser, normaliser - expected
-
-    states, ids = states[mask], batch.completion_ids[mask]              # (n, H), (n,): real tokens
-    size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-    if len(ids) <= size:
-        logps, entropy = score_chunk(states, ids)
-    else:  # each chunk's logits are thrown away, and computed again in the backward pass
-        chunks = [checkpoint(score_chunk, s, i, use_reentrant=False)
-                  for s, i in zip(states.split(size), ids.split(size))]
-        logps, entropy = (torch.cat(column) for column in zip(*chunks))
-    blank = torch.zeros(mask.shape, device=mask.device)
-    return blank.masked_scatter(mask, logps), blank.masked_scatter(mask, entropy)
+        some, of = batch.rows(rows), index[rows]                              # their prompts
+        mask = some.completion_mask.bool()                                    # (r, t)
+        states = last.index_select(0, of)                   # token 0 is drawn at the prompt's end,
+        if mask.shape[1] > 1:                               # token t at token t - 1
+            before = torch.cat([seen[of], mask[:, :-1].long()], 1)            # (r, L + t - 1)
+            with autocast(model.device):
+                place = positions(before)[:, seen.shape[1]:]                  # (r, t - 1)
+                rest = run_model(model, some.completion_ids[:, :-1], before, place,
+                                 select_cache(model, cache, of))
+            states = torch.cat([states, rest], 1)                             # (r, t, H)
+        blank = torch.zeros(mask.shape, device=mask.device)
+        padding = (0, batch.completion_mask.shape[1] - mask.shape[1])
+        results.append([F.pad(blank.masked_scatter(mask, values), padding)
+                        for values in function(states[mask], some.completion_ids[mask])])
+    back = order.argsort()
+    return tuple(torch.cat(column)[back] for column in zip(*results))         # (b, T) each
 
 
 def select_cache(model, cache, index):
@@ -597,7 +601,7 @@ def micro_batches(minibatch):
 def new_optimizer(module, learning_rate):
     """AdamW over a module's weights; `initial_lr` is what the warm-up grows to."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, betas=ADAM_BETAS,
-                                  weight_decay=WEIGHT_DECAY, fused=True)
+                                  eps=ADAM_EPSILON, weight_decay=WEIGHT_DECAY, fused=True)
     optimizer.param_groups[0]["initial_lr"] = learning_rate
     return optimizer
 
@@ -626,6 +630,7 @@ class Meter:
     def __init__(self):
         self.losses, self.totals, self.tokens = defaultdict(float), defaultdict(float), 0.0
         self.low, self.high, self.norms, self.closed = math.inf, -math.inf, [], 0.0
+        self.learning_rate = 0.0
 
     def add(self, micro, losses, statistics):
         """Add a micro-batch, (b, T) each: losses by their weights, statistics by token."""
@@ -969,9 +974,10 @@ class Clock:
         return time.perf_counter()
 
     def lap(self, phase):
-        """Give the time since the last lap to `phase`."""
+        """Add the time since the last lap to `phase`."""
         now = self.now()
-        self.laps[phase], self.last = now - self.last, now
+        self.laps[phase] = self.laps.get(phase, 0.0) + now - self.last
+        self.last = now
 
     def times(self, total=True):
         """{time/phase: seconds}, and step_time, their sum."""
@@ -990,7 +996,8 @@ def finish_step(run, metrics):
                 "num_tokens": run.num_tokens}
     shown = {"reward": "reward", "accuracy": "accuracy", "KL": "kl",
              "length": "completions/mean_length", "clipped": "clip_ratio/region_mean"}
-    shown = ", ".join(f"{label} {metrics[name]:.3g}" for label, name in shown.items())
+    shown = ", ".join(f"{label} {metrics[name]:.3g}" for label, name in shown.items()
+                      if name in metrics)
     run.bar.set_postfix_str(shown, refresh=False)
     run.bar.update()
     if evaluating:
@@ -1287,7 +1294,7 @@ def check_constants():
                    REWARD_BATCH=1, LOGITS_AT_ONCE=1, MAX_REWARD_TOKENS=8,
                    MAX_STEPS=0, EVAL_EVERY=0, EVAL_QUESTIONS=0, SAVE_EVERY=0,
                    SHOW_SAMPLES=0, WARMUP_STEPS=0, MAX_GRAD_NORM=0, LEARNING_RATE=0, WEIGHT_DECAY=0,
-                   EVAL_TEMPERATURE=0)
+                   ADAM_EPSILON=0, EVAL_TEMPERATURE=0)
     if not 0.01 <= TEMPERATURE or not 0 < TOP_P <= 1:
         fail(f"TEMPERATURE={TEMPERATURE}, TOP_P={TOP_P}: expected 0.01 or more, and 0 < TOP_P <= 1")
     if len(ADAM_BETAS) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in ADAM_BETAS):

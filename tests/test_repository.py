@@ -1,0 +1,599 @@
+"""The form of the script, the words around it, and the data it reads.
+
+Constants that cannot be shadowed, an import without side effects, one order of headings, pinned
+requirements, tables that agree with the code, and the loader on real GSM8K text.
+"""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import time
+import tokenize
+import tomllib
+from decimal import Decimal
+
+import pandas as pd
+import pytest
+from conftest import ROOT, SCRIPT
+
+SOURCE = SCRIPT.read_text(encoding="utf-8")
+TREE = ast.parse(SOURCE)
+README = ROOT / "RL_HAND" / "gspo" / "README.md"
+SUMMARY = ROOT / "RL_HAND" / "gspo" / "IMPLEMENTATION_SUMMARY.md"
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
+
+# ---- The script's text
+
+HEADINGS = ["Constants", "Training", "Advantages", "Loss",
+            "The algorithm ends here. From here on the scripts are the same: you may stop reading.",
+            "Rollout", "Log-probabilities", "Reward", "Data", "Evaluation",
+            "Checkpoints and plots", "Command line"]
+GROUPS = ["Model", "Data", "Sampling", "Reward", "Optimisation", "Algorithm", "Evaluation",
+          "Output"]
+DEFAULTS = {  # the constants asked for, with their values; CLIP_RANGE has the paper's instead
+    "BATCH_SIZE": 2, "LEARNING_RATE": 1e-6, "NUM_EPOCHS": None, "GROUP_SIZE": 4, "GSPO_EPOCHS": 4,
+    "CLIP_RANGE": (3e-4, 4e-4), "ENTROPY_COEF": 0.01, "KL_COEF": 0.2, "TARGET_KL": 0.01,
+    "ADAPTIVE_KL": True, "ADVANTAGE_TYPE": "relative", "USE_GROUP_NORMALIZATION": True,
+    "USE_SEQUENCE_LEVEL_REWARD": True, "USE_TOKEN_LEVEL_LOSS": False,
+    "POLICY_MODEL": "Qwen/Qwen3-0.6B",
+    "REWARD_MODEL": "OpenAssistant/reward-model-deberta-v3-large-v2", "OUTPUT_DIR": None,
+    "train_datasets": None, "MAX_PROMPT_TOKENS": None, "MAX_NEW_TOKENS": None, "TEMPERATURE": None,
+    "TOP_P": None, "MINIBATCH": None, "MICRO_BATCH": None, "MAX_GRAD_NORM": 1.0,
+    "WARMUP_STEPS": None, "SEED": None, "SAVE_EVERY": None, "EVAL_EVERY": None, "RESUME_FROM": ""}
+
+
+def assignments():
+    """The constants' assignments at the top level by name, EMBEDDED among them."""
+    return {target.id: node for node in TREE.body if isinstance(node, ast.Assign)
+            for target in node.targets if isinstance(target, ast.Name)}
+
+
+def test_the_constants_that_were_asked_for(gspo):
+    constants = gspo.constants()
+    assert set(DEFAULTS) <= set(constants)
+    for name, value in DEFAULTS.items():
+        if value is not None:
+            assert constants[name] == value and type(constants[name]) is type(value), name
+    entry, = constants["train_datasets"]
+    assert entry["type"] == "parquet" and entry["path"].startswith("hf://datasets/openai/gsm8k")
+    assert (entry["input"], entry["output"]) == ("question", "answer")
+
+
+def test_every_assignment_is_a_constant_and_the_other_way_round(gspo):
+    assert set(assignments()) == set(gspo.constants()) | {"EMBEDDED"}
+
+
+def test_constants_are_assigned_once_and_never_shadowed():
+    """Not by a loop, a parameter, an import, a with, an except, a walrus or a `global`."""
+    names, bound = set(assignments()), []
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            bound.append((node.id, node.lineno))
+        elif isinstance(node, ast.arg):
+            bound.append((node.arg, node.lineno))
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler)):
+            bound.append((node.name, node.lineno))
+        elif isinstance(node, ast.alias):
+            bound.append(((node.asname or node.name).split(".")[0], node.lineno))
+        elif isinstance(node, (ast.Global, ast.Nonlocal)):
+            bound += [(name, node.lineno) for name in node.names]
+    first = {name: node.lineno for name, node in assignments().items()}
+    wrong = [(name, line) for name, line in bound if name in names and line != first[name]]
+    assert not wrong
+    assert sum(name in names for name, _ in bound) == len(names) > 40
+
+
+def test_no_constant_is_used_at_import():
+    """As a default argument, in another constant, in a class: an override would come too late."""
+    names, used = set(assignments()), []
+
+    def visit(node):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in names:
+            used.append((node.id, node.lineno))
+        inner = ast.iter_child_nodes(node)
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)):  # what runs when it is defined
+            inner = [*node.args.defaults, *filter(None, node.args.kw_defaults),
+                     *getattr(node, "decorator_list", [])]
+        for child in inner:
+            visit(child)
+
+    visit(TREE)
+    assert not used
+
+
+def test_every_constant_says_what_it_is():
+    """A comment on the line where it begins, in one of the groups, which stand in their order."""
+    comments = {token.start[0]: token.string for token in
+                tokenize.generate_tokens(iter(SOURCE.splitlines(True)).__next__)
+                if token.type == tokenize.COMMENT}
+    groups = [(line, text[6:]) for line, text in comments.items() if text.startswith("# --- ")]
+    assert [name for _, name in groups] == GROUPS
+    for name, node in assignments().items():
+        assert len(comments.get(node.lineno, "").strip("# ")) > 3, f"{name} has no comment"
+        assert node.lineno > groups[0][0]
+    lines = [node.lineno for node in assignments().values()]
+    for (start, name), (end, _) in zip(groups, [*groups[1:], (max(lines), "")]):
+        assert any(start < line < end for line in lines), f"the group {name} is empty"
+
+
+def test_embedded_values_have_the_constants_types(gspo):
+    constants = gspo.constants()
+    for name, value in gspo.EMBEDDED.items():
+        assert type(value) is type(constants[name]), name
+        assert value != constants[name], f"{name}: the same as above"
+
+
+def test_headings_stand_in_order():
+    found = re.findall(r"^# =+ (.*?) =+$", SOURCE, re.MULTILINE)
+    assert found == HEADINGS
+    assert len(set(map(len, re.findall(r"^# =+ .*? =+$", SOURCE, re.MULTILINE)))) == 1
+    assert ast.get_docstring(TREE).startswith("GSPO: ")
+    last = TREE.body[-1]
+    assert ast.unparse(last) == "if __name__ == '__main__':\n    main(sys.argv[1:])"
+    imports = [node.lineno for node in TREE.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert max(imports) < min(node.lineno for node in assignments().values())
+
+
+def test_the_lesson_comes_first():
+    """The loop, the advantages and the loss above the line, the machinery below it."""
+    end = SOURCE[:SOURCE.index("The algorithm ends here.")].count("\n")
+    where = {node.name: node.lineno for node in TREE.body
+             if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for name in ("train", "compute_advantages", "policy_loss", "token_weights", "kl_to_reference",
+                 "adapt_kl_coef"):
+        assert where[name] < end, name
+    for name in ("sample_groups", "score_tokens", "load_rows", "save_checkpoint", "main"):
+        assert where[name] > end, name
+    assert where["train"] == min(where.values())
+
+
+def test_every_function_says_what_it_does():
+    for node in TREE.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            assert ast.get_docstring(node), node.name
+
+
+def test_errors_are_not_swallowed():
+    for node in ast.walk(TREE):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"line {node.lineno}: a bare except"
+            assert not isinstance(node.body[0], ast.Pass), f"line {node.lineno}: swallowed"
+
+
+def test_lines_fit():
+    files = [path for folder in ("RL_HAND", "data", "tests", "benchmarks", "tools")
+             for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 8
+    wide = [f"{path.relative_to(ROOT)}:{number}" for path in files for number, line in
+            enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 100]
+    assert not wide
+
+
+def test_import_has_no_side_effects(tmp_path):
+    """No file, seed, CUDA context, thread count or output of the script's own. The one thing that
+    has to be said before torch is loaded is how its threads wait, unless the user has said it."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "probe.py").write_text(f"""
+import os, random, sys, warnings
+sys.dont_write_bytecode = True
+import numpy, pandas, torch, transformers, matplotlib.figure, tqdm.auto, safetensors.torch
+
+def state():
+    return (torch.get_rng_state().tolist(), torch.initial_seed(), random.getstate(),
+            numpy.random.get_state()[1].tolist(), torch.get_num_threads(),
+            torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(),
+            torch.cuda.is_initialized(), transformers.utils.logging.get_verbosity(),
+            len(warnings.filters), dict(os.environ), os.getcwd(), os.listdir())
+
+os.environ.pop("OMP_WAIT_POLICY", None)
+before = state()
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import {SCRIPT.stem}
+assert os.environ.pop("OMP_WAIT_POLICY") == "passive"
+assert state() == before, "the import changed something"
+os.environ["OMP_WAIT_POLICY"] = "active"
+del sys.modules[{SCRIPT.stem!r}]
+import {SCRIPT.stem}
+assert os.environ["OMP_WAIT_POLICY"] == "active"
+assert not torch.cuda.is_initialized()
+""")
+    files = {p: p.stat().st_mtime_ns for p in SCRIPT.parent.rglob("*")}
+    done = subprocess.run([sys.executable, str(tmp_path / "probe.py")], cwd=tmp_path / "here",
+                          capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert {p: p.stat().st_mtime_ns for p in SCRIPT.parent.rglob("*")} == files
+
+
+def test_help_shows_every_constant(gspo, capsys):
+    for argument in ("--help", "-h"):
+        gspo.main([argument])
+        printed = capsys.readouterr().out
+        assert printed.startswith(gspo.__doc__)
+        for name, node in assignments().items():
+            for line in SOURCE.splitlines()[node.lineno - 1:node.end_lineno]:
+                assert f"\n{line}\n" in printed, name
+        for group in GROUPS:
+            assert f"# --- {group}\n" in printed
+        assert "def train" not in printed and "import torch" not in printed
+    gspo.main(["GROUP_SIZE=8", "--help"])  # anywhere among the arguments
+    assert capsys.readouterr().out == printed
+
+
+# ---- Requirements
+
+
+def pins(name):
+    """The lines of a requirements file, less comments."""
+    lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    return [line for line in lines if line]
+
+
+def header():
+    """The script's own metadata, read as PEP 723 says."""
+    block = re.search(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$", SOURCE)
+    return tomllib.loads("".join(line[2:] if line.startswith("# ") else line[1:]
+                                 for line in block["content"].splitlines(keepends=True)))
+
+
+def test_header_and_requirements_agree():
+    assert header()["dependencies"] == pins("requirements.txt")
+    assert header()["requires-python"] == ">=3.11"
+    assert SOURCE.startswith("# /// script\n")
+
+
+def test_requirements_are_pinned():
+    named = {}
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        for line in pins(name):
+            if line != "-r requirements.txt":
+                package, version = re.fullmatch(r"([a-z0-9-]+)==([0-9]+(?:\.[0-9]+)+)",
+                                                line).groups()
+                assert named.setdefault(package, version) == version
+    assert "-r requirements.txt" in pins("requirements-dev.txt")
+    assert {line.split("==")[0] for line in pins("requirements.txt")} == {
+        "torch", "transformers", "pandas", "pyarrow", "matplotlib", "tqdm"}
+    assert named["torch"] == "2.13.0"
+
+
+def test_the_script_imports_only_what_it_requires():
+    """safetensors comes with transformers; tensorboard is optional, imported where it is used."""
+    allowed = {line.split("==")[0] for line in pins("requirements.txt")} | {"safetensors"}
+    for node in ast.walk(TREE):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
+            [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            assert name.split(".")[0] in allowed | set(sys.stdlib_module_names), name
+    top = {alias.name for node in TREE.body if isinstance(node, (ast.Import, ast.ImportFrom))
+           for alias in node.names}
+    assert "SummaryWriter" not in top
+
+
+# ---- The repository
+
+
+@pytest.fixture(scope="module")
+def files():
+    """Every file that is, or would be, in the repository."""
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+                            cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in listed.stdout.splitlines()]
+    paths = [path for path in paths if path.is_file()]
+    assert ROOT / "RL_HAND" / "gspo" / "gspo.py" in paths
+    return paths
+
+
+def test_no_large_files_and_no_pickles(files):
+    for path in files:
+        assert path.stat().st_size <= 3_000_000, f"{path} is too large"
+        assert path.suffix not in (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"), path
+        with path.open("rb") as file:
+            start = file.read(2)
+        # Protocol 2 and later begin so; torch.save's zip archive holds one.
+        assert not (start[:1] == b"\x80" and start[1:] in b"\2\3\4\5") and start != b"PK", path
+
+
+def test_no_paths_of_a_machine(files):
+    for path in files:
+        inside = path.relative_to(ROOT)
+        if inside.parts[0] not in ("RL_HAND", "data", "README.md", "Makefile"):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # weights, tables, pictures
+        found = re.search(r"(?<![\w.~/])/(work|tmp|root|home|Users)\b\S*", text)
+        assert not found, f"{inside}: {found.group()}"
+
+
+def test_no_runs_and_no_caches(files):
+    for path in files:
+        assert not {"runs", "__pycache__", ".venv", ".pytest_cache"} & set(path.parts), path
+
+
+# ---- Words
+
+
+def markdown(path):
+    """A page's text; fails where there is none."""
+    assert path.is_file(), f"{path.relative_to(ROOT)} is missing"
+    return path.read_text(encoding="utf-8")
+
+
+def section(path, heading):
+    """The text under a heading of level 2, up to the next one."""
+    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", markdown(path),
+                      re.MULTILINE | re.DOTALL)
+    assert found, f"{path.relative_to(ROOT)} has no heading '## {heading}'"
+    return found.group(1)
+
+
+def table_rows(text):
+    """The rows of Markdown tables as lists of cells, less rulers."""
+    rows = [re.split(r"(?<!\\)\|", line.strip())[1:-1] for line in text.splitlines()
+            if line.strip().startswith("|")]
+    rows = [[cell.strip().replace("\\|", "|") for cell in row] for row in rows]
+    return [row for row in rows if not all(re.fullmatch(r":?-*:?", cell) for cell in row)]
+
+
+def named_rows(path, heading):
+    """The rows whose first cell is a name in backticks, by that name."""
+    rows = {}
+    for row in table_rows(section(path, heading)):
+        if name := re.fullmatch(r"`(.+)`", row[0]):
+            assert name.group(1) not in rows, f"{name.group(1)} is there twice"
+            rows[name.group(1)] = row
+    return rows
+
+
+def test_every_metric_is_explained(gspo):
+    rows, names = named_rows(README, "Metrics"), gspo.metric_names()
+    assert len(set(names)) == len(names) > 35
+    assert [name for name in names if name not in rows] == []
+    assert [name for name in rows if name not in names] == []
+    assert all(len(row[1]) > 3 for row in rows.values())
+
+
+def test_every_constant_is_explained_with_its_default(gspo):
+    rows, constants = named_rows(README, "Constants"), gspo.constants()
+    assert [name for name in constants if name not in rows] == []
+    assert [name for name in rows if name not in constants] == []
+
+    def value(cell):
+        return eval(re.fullmatch(r"`(.+)`", cell).group(1), {"__builtins__": {}})
+
+    for name, (_, default, embedded, meaning) in rows.items():
+        assert value(default) == constants[name], name
+        assert type(value(default)) is type(constants[name]), name
+        if name in gspo.EMBEDDED:
+            assert value(embedded) == gspo.EMBEDDED[name], name
+        else:
+            assert embedded in ("", "-", "–"), name
+        assert len(meaning) > 3, name
+
+
+def python_names(path):
+    """Names of a file's functions and classes."""
+    assert path.is_file(), f"{path} is missing"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in ast.walk(tree)
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+def test_the_table_of_equations_names_what_exists(gspo):
+    header, *rows = table_rows(section(SUMMARY, "Equation, function, test"))
+    header = [cell.lower() for cell in header]
+    functions = [i for i, cell in enumerate(header) if "function" in cell]
+    tests = [i for i, cell in enumerate(header) if "test" in cell]
+    assert functions and tests and len(rows) >= 8
+    seen = set()
+    for row in rows:
+        named = [name for i in functions for name in re.findall(r"`([^`]+)`", row[i])]
+        assert named, f"no function in {row}"
+        for name in named:
+            assert callable(getattr(gspo, name.removesuffix("()"), None)), f"no function {name}"
+        seen |= set(named)
+        named = [name for i in tests for name in re.findall(r"`([^`]+)`", row[i])]
+        assert named, f"no test in {row}"
+        for name in named:
+            file, _, test = name.partition("::")
+            assert file.startswith("tests/") and test.startswith("test_"), name
+            assert test.split("[")[0] in python_names(ROOT / file), f"no test {name}"
+    assert {"compute_advantages", "policy_loss", "kl_to_reference", "adapt_kl_coef",
+            "sample_groups", "score_tokens"} <= {name.removesuffix("()") for name in seen}
+
+
+PAGES = ["README.md", "RL_HAND/gspo/README.md", "RL_HAND/gspo/IMPLEMENTATION_SUMMARY.md",
+         "data/README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_are_finished_and_lead_somewhere(page):
+    text = markdown(ROOT / page)
+    assert not re.search(r"@[A-Z_]+@|\b(TODO|FIXME|TBD|XXX)\b", text)
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        if "://" not in target:
+            assert ((ROOT / page).parent / target).exists(), f"{page} leads to {target}"
+    for name in re.findall(r"tests/\w+\.py(?:::\w+)?", text):
+        file, _, test = name.partition("::")
+        assert not test or test in python_names(ROOT / file), name
+        assert (ROOT / file).is_file(), name
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_the_pages_would_run(page, gspo):
+    """make's targets exist; scripts exist; constants set on the command line are accepted."""
+    text = markdown(ROOT / page)
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for block in re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if made := re.match(r"make (\w+)", line):
+                assert made.group(1) in targets, line
+            if script := re.match(r"(?:\S*python|uv run) (\S+\.py)(.*)", line):
+                assert (ROOT / script.group(1)).is_file(), line
+                if script.group(1).endswith("gspo.py"):
+                    arguments = script.group(2).split("  #")[0]
+                    for quoted, plain in re.findall(r'"([^"]*)"|([A-Z_a-z]+=[^\s"]+)', arguments):
+                        name, _ = gspo.parse_override(quoted or plain)
+                        assert name in gspo.constants(), line
+
+
+# ---- Numbers in answers
+
+
+@pytest.mark.parametrize("text, number", [
+    ("The answer is 42", "42"),
+    ("42.", "42"), ("3.", "3"), ("$1,000.", "1000"), ("1,234,567.89 in all", "1234567.89"),
+    ("7, 8, 9", "9"), ("1,2", "2"), ("3.50", "3.5"), ("-0.25", "-0.25"), ("-7", "-7"),
+    ("it is -7.", "-7"), ("x=-7", "-7"), ("(-7)", "-7"), ("$-1,000", "-1000"),
+    ("12-5", "5"), ("12 - 5", "5"), ("(3)-5", "5"), ("2.-5", "5"), ("-12-5=-17", "-17"),
+    ("\N{MINUS SIGN}5", "-5"), ("12\N{MINUS SIGN}5", "5"),
+    (r"\boxed{42}", "42"), (r"\boxed{-3}", "-3"), (r"$\boxed{1,000}$.", "1000"),
+    ("#### 72", "72"), ("**72**", "72"), ("50%", "50"), ("007", "7"), ("first 1\nthen 2\n", "2"),
+    ("no number", None), ("", None), ("-", None), (".", None), ("one two", None), ("½", None),
+])
+def test_last_number(gspo, text, number):
+    assert gspo.last_number(text) == (None if number is None else Decimal(number))
+
+
+@pytest.mark.parametrize("text, number", [
+    ("9" * 10_000, Decimal("9" * 10_000)),
+    ("-" * 10_000 + "7", Decimal(-7)),
+    ("1," * 10_000 + "2", Decimal(2)),
+    ("1" + ",000" * 10_000, Decimal("1" + "000" * 10_000)),
+    ("1." * 9_999 + "5", Decimal("1.5")),
+    ("a" * 100_000, None),
+], ids=["digits", "minuses", "commas", "thousands", "points", "letters"])
+def test_last_number_of_a_long_text_in_little_time(gspo, text, number):
+    start = time.perf_counter()
+    assert gspo.last_number(text) == number
+    assert gspo.verify([""], [text], [text]) == [float(number is not None)]
+    assert time.perf_counter() - start < 1.0
+
+
+def test_verifier(gspo):
+    cases = [  # response, reference, score
+        ("Answer: 85", "7+8=15 carry 1. 3+4+1=8. Answer: 85", 1), ("Answer: 86", "Answer: 85", 0),
+        ("85.00", "85", 1), ("1,085", "#### 1085", 1), ("85 or 86", "85", 0), ("86 or 85", "85", 1),
+        ("-85", "85", 0), ("", "85", 0), ("no idea", "85", 0),
+        ("no idea", "no number", 0), ("5", "no number", 0),  # nothing to be right about
+        ("0.1", "0.10", 1), ("1" + "0" * 30 + "1", "1" + "0" * 31, 0)]
+    responses, references, scores = zip(*cases)
+    assert gspo.verify([""] * len(cases), responses, references) == list(map(float, scores))
+
+
+# ---- Data
+
+
+def entry(path, kind="parquet"):
+    """A dataset entry."""
+    return {"path": str(path), "type": kind, "input": "question", "output": "answer"}
+
+
+def test_a_hub_path_goes_to_pandas_as_it_is(gspo, monkeypatch):
+    asked = []
+
+    def read_parquet(path, *arguments, **options):
+        asked.append(path)
+        return pd.DataFrame({"question": ["1+1?"], "answer": ["2"]})
+
+    monkeypatch.setattr(gspo.pd, "read_parquet", read_parquet)
+    for datasets in (gspo.train_datasets, gspo.eval_datasets):
+        assert gspo.load_rows(datasets, "train_datasets") == [{"question": "1+1?", "answer": "2"}]
+    assert asked == ["hf://datasets/openai/gsm8k/main/train-00000-of-00001.parquet",
+                     "hf://datasets/openai/gsm8k/main/test-00000-of-00001.parquet"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_every_kind_of_file_gives_the_same_rows(gspo, tmp_path):
+    """Numbers, dates, quotes and line breaks stay the text they are; no deprecated option."""
+    table = pd.DataFrame({
+        "question": ["1+1?", "When?\n\"Now\"", "Wie viel – 3€?", "007", "1e3", "null", " "],
+        "answer": ["2", "2024-01-31", "3", "007", "1000.0", "true", "1700000000"]})
+    expected = table.to_dict("records")
+    table.to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text(json.dumps(expected))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in expected))
+    for kind in ("parquet", "json", "jsonl"):
+        assert gspo.load_rows([entry(tmp_path / f"a.{kind}", kind)], "data") == expected
+        by_name = {"path": str(tmp_path / f"a.{kind}"), "input": "question", "output": "answer"}
+        assert gspo.load_rows([by_name], "data") == expected
+    # Columns of numbers are answers as well.
+    (tmp_path / "n.jsonl").write_text('{"question": "1+1?", "answer": 2, "date": "2024-01-31"}\n')
+    assert gspo.load_rows([entry(tmp_path / "n.jsonl", "jsonl")], "data") == [
+        {"question": "1+1?", "answer": "2"}]
+
+
+def test_several_entries_and_patterns(gspo, tmp_path):
+    """In the order of the entries, and of the names that match a pattern."""
+    for name in ("b2", "a", "b1"):
+        pd.DataFrame({"question": [name], "answer": ["1"]}).to_parquet(tmp_path / f"{name}.parquet")
+    rows = gspo.load_rows([entry(tmp_path / "b*.parquet"), entry(tmp_path / "a.parquet")], "data")
+    assert [row["question"] for row in rows] == ["b1", "b2", "a"]
+
+
+def test_embedded_data_loads_from_anywhere(embedded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = embedded.load_rows(embedded.train_datasets, "train_datasets")
+    held_out = embedded.load_rows(embedded.eval_datasets, "eval_datasets")
+    assert len(train) >= 1000 and len(held_out) >= 256
+    assert not {row["question"] for row in train} & {row["question"] for row in held_out}
+    assert all(embedded.last_number(row["answer"]) is not None for row in train + held_out)
+
+
+@pytest.fixture
+def tokenizer(embedded):
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(ROOT / "data" / "policy")
+
+
+def gsm8k(name, count):
+    """A file of GSM8K as (path, rows read without the script)."""
+    path = GSM8K / f"{name}.jsonl"
+    if not path.is_file():
+        pytest.skip(f"GSM8K is not beside the project: no {GSM8K.name}/{name}.jsonl")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == count
+    return path, [{"question": row["question"], "answer": row["answer"]} for row in rows]
+
+
+@pytest.mark.parametrize("name, count", [("train", 7473), ("test", 1319)])
+def test_gsm8k_loads_as_jsonl_and_parquet(gspo, tmp_path, name, count):
+    path, expected = gsm8k(name, count)
+    assert gspo.load_rows([entry(path, "jsonl")], "train_datasets") == expected
+    pd.DataFrame(expected).to_parquet(tmp_path / "gsm8k.parquet")
+    assert gspo.load_rows([entry(tmp_path / "gsm8k.parquet")], "train_datasets") == expected
+
+
+@pytest.mark.parametrize("name, count", [("train", 7473), ("test", 1319)])
+def test_last_number_of_gsm8k_answers(gspo, name, count):
+    """The number behind #### in every reference answer, and a prompt is never right by itself."""
+    _, rows = gsm8k(name, count)
+    for row in rows:
+        final = row["answer"].rsplit("####", 1)[1].strip().replace(",", "")
+        assert gspo.last_number(row["answer"]) == Decimal(final), row["answer"]
+    answers = [row["answer"] for row in rows]
+    assert gspo.verify([""] * count, answers, answers) == [1.0] * count
+    assert sum(gspo.verify([""] * count, answers[1:] + answers[:1], answers)) < 0.05 * count
+
+
+def test_gsm8k_prompts_are_kept_or_dropped_and_counted(embedded, tokenizer, capsys, monkeypatch):
+    path, rows = gsm8k("test", 1319)
+    monkeypatch.setattr(embedded, "MAX_PROMPT_TOKENS", 256)
+    kept = embedded.with_prompts(rows, tokenizer, "eval_datasets")
+    lengths = [len(tokenizer.apply_chat_template(
+        [{"role": "user", "content": row["question"]}], add_generation_prompt=True,
+        enable_thinking=False, return_dict=True)["input_ids"]) for row in rows]
+    fits = [row["question"] for row, length in zip(rows, lengths) if length <= 256]
+    assert 0 < len(fits) < len(rows)
+    assert [row["question"] for row in kept] == fits
+    assert [len(row["prompt_ids"]) for row in kept] == [n for n in lengths if n <= 256]
+    assert capsys.readouterr().out == (
+        f"eval_datasets: dropped {len(rows) - len(fits)} of 1319 prompts, longer than "
+        "MAX_PROMPT_TOKENS = 256\n")
+    text = tokenizer.decode(kept[0]["prompt_ids"])
+    assert kept[0]["question"] in text and text.endswith("<think>\n\n</think>\n\n")
+    assert kept[0]["answer"] not in text

@@ -1,0 +1,582 @@
+"""Whole runs of the script: what they print, what they write, and what the numbers in it say."""
+
+import csv
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, SCRIPT, import_file, run_script
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SMALL = ["PROFILE=embedded", "DEVICE=cpu", "BATCH_SIZE=2", "GROUP_SIZE=4", "MINIBATCH=4",
+         "MICRO_BATCH=4", "EVAL_QUESTIONS=4", "SHOW_SAMPLES=1"]
+NO_MODEL = "REWARD_WEIGHTS={'verifier': 1.0}"
+PHASES = ["time/rollout", "time/reward", "time/logps", "time/update"]
+
+
+def read_metrics(folder):
+    """metrics.csv as a list of {column: text}."""
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def numbers(row, *names):
+    """Some of a row's columns as floats."""
+    return [float(row[name]) for name in names]
+
+
+def tree(folder):
+    """Every file below a folder with its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def checkpoints(folder):
+    """The names of a run's checkpoint folders."""
+    return {p.name for p in folder.iterdir() if re.fullmatch(r"(epoch|step)_\d+", p.name)}
+
+
+def question_file(folder, count):
+    """A parquet file of `count` training questions, and the argument that makes it the data."""
+    path = folder / "few.parquet"
+    pd.read_parquet(ROOT / "data" / "train.parquet").head(count).to_parquet(path)
+    entry = {"path": str(path), "type": "parquet", "input": "question", "output": "answer"}
+    return f"train_datasets={[entry]!r}"
+
+
+@pytest.fixture
+def here(gspo, tmp_path, monkeypatch):
+    """here(*arguments) trains in this process and returns the run's folder. No plot: it is slow."""
+    monkeypatch.setattr(gspo, "plot_metrics", lambda run: None)
+
+    def run_here(*arguments, out="run"):
+        fresh = import_file(SCRIPT, f"gspo_{out}")
+        for name in ("plot_metrics", "load_pretrained"):
+            setattr(fresh, name, vars(gspo)[name])  # what the test has put there
+        fresh.main([*SMALL, NO_MODEL, f"OUTPUT_DIR={tmp_path / out}", *arguments])
+        return tmp_path / out
+
+    return run_here
+
+
+# ---- A run of the default on a machine without a GPU, as a user starts it
+
+SMOKE = ["MAX_STEPS=3", "EVAL_EVERY=2", "EVAL_QUESTIONS=32", "SAVE_EVERY=2", "WARMUP_STEPS=10"]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The finished process and the folder it wrote, started from a folder of its own."""
+    here, out = tmp_path_factory.mktemp("elsewhere"), tmp_path_factory.mktemp("out") / "a" / "run"
+    arguments = [*SMOKE, f"OUTPUT_DIR={out}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        done = run_script(*arguments, timeout=200, cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert not list(here.iterdir()), "it wrote into the working directory"
+    return done, out, arguments
+
+
+def saved_constants(out):
+    """The effective constants of a run."""
+    return json.loads((out / "epoch_0" / "constants.json").read_text())["constants"]
+
+
+def test_start_up_block(smoke):
+    done, out, _ = smoke
+    block = {line[2:12].strip(): line[12:] for line in done.stdout.splitlines()
+             if re.match(r"  [a-z]+ +\S", line)}
+    c = saved_constants(out)
+    completions = c["BATCH_SIZE"] * c["GROUP_SIZE"]
+    updates = c["GSPO_EPOCHS"] * completions // c["MINIBATCH"]
+    questions = len(pd.read_parquet(ROOT / "data" / "train.parquet"))
+    assert updates >= 2  # one update per rollout: every ratio is 1 and nothing is ever clipped
+    assert done.stdout.startswith("gspo\n")
+    assert block["profile"].startswith("embedded (there is no CUDA GPU); CPU, ")
+    assert f"float32; torch {torch.__version__}" in block["profile"]
+    assert "MAX_STEPS=3" in block["settings"] and "WARMUP_STEPS=10" in block["settings"]
+    assert re.match(r"data/policy, 0\.\d\d M parameters, and a frozen copy", block["policy"])
+    assert block["reward"] == "0.5 model + 1.0 verifier; model: data/reward_model"
+    assert block["data"].startswith(f"{questions} questions, 32 held out")
+    assert block["rollout"] == (
+        f"{c['BATCH_SIZE']} prompts x {c['GROUP_SIZE']} = {completions} completions of at most "
+        f"{c['MAX_NEW_TOKENS']} tokens; minibatch {c['MINIBATCH']}, micro-batch {c['MICRO_BATCH']}")
+    assert f"{c['GSPO_EPOCHS']} passes = {updates} updates per rollout" in block["algorithm"]
+    assert "clip (0.0003, 0.0004)" in block["algorithm"]
+    assert block["steps"].startswith(f"3, {questions // c['BATCH_SIZE']} an epoch")
+    assert block["output"] == str(out)
+
+
+def test_reward_model_check(smoke):
+    """The reward model is shown a right and a wrong answer, and likes the right one better."""
+    found = re.search(r"  check +the reward model scores '(.*)' ([0-9.]+) and '(.*)' ([0-9.]+)\n",
+                      smoke[0].stdout)
+    right, good, wrong, bad = found.groups()
+    gspo = import_file(SCRIPT)
+    assert gspo.last_number(right) != gspo.last_number(wrong)
+    assert right.rsplit(" ", 1)[0][-10:] == wrong.rsplit(" ", 1)[0][-10:]  # nothing else differs
+    assert 0 <= float(bad) < float(good) <= 1
+
+
+def test_what_is_printed(smoke):
+    done, out, _ = smoke
+    rows = read_metrics(out)
+    for step in (0, 2, 3):
+        sampled, greedy = numbers(rows[step], "eval/accuracy", "eval/accuracy_greedy")
+        line = f"step {step}: held-out accuracy {sampled:.3f} sampled, {greedy:.3f} greedy; reward "
+        assert done.stdout.count(line) == 1
+    assert "step 1: held-out" not in done.stdout
+    assert re.search(r"\n    reward \d\.\d\d \(verifier [01]\.00, model \d\.\d\d\)", done.stdout)
+    assert "3 steps, " in done.stdout.splitlines()[-1] and str(out) in done.stdout.splitlines()[-1]
+    assert "reward 0." in done.stderr and "100%" in done.stderr  # the progress bar
+    assert "Warning" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_columns_and_rows_of_the_metrics(smoke, gspo):
+    rows = read_metrics(smoke[1])
+    assert list(rows[0]) == gspo.metric_names()
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
+    questions = len(pd.read_parquet(ROOT / "data" / "train.parquet"))
+    steps_per_epoch = questions // saved_constants(smoke[1])["BATCH_SIZE"]
+    assert numbers(rows[3], "epoch") == [pytest.approx(3 / steps_per_epoch)]
+    evaluation = {name for name in rows[0] if name.startswith("eval/")} | {"time/eval"}
+    assert len(evaluation) == 5
+    for row in rows:
+        filled = {name for name, value in row.items() if value != ""}
+        training = set(row) - evaluation - {"step", "epoch", "num_tokens", "rewards/function"}
+        assert evaluation <= filled if row["step"] in "023" else not evaluation & filled
+        assert training <= filled if row["step"] != "0" else not training & filled
+        assert row["rewards/function"] == ""
+
+
+def test_values_of_the_metrics(smoke):
+    out = smoke[1]
+    c, rows, tokens = saved_constants(out), read_metrics(out), 0
+    completions, coefficient = c["BATCH_SIZE"] * c["GROUP_SIZE"], c["KL_COEF"]
+    updates = c["GSPO_EPOCHS"] * completions // c["MINIBATCH"]
+    for row in rows[1:]:
+        value = {name: float(text) for name, text in row.items() if text}
+        for name in ("accuracy", "frac_reward_zero_std", "completions/clipped_ratio",
+                     "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"):
+            assert 0 <= value[name] <= 1, name
+        assert value["accuracy"] == value["rewards/verifier"]
+        assert value["reward"] == pytest.approx(0.5 * value["rewards/model"]
+                                                + value["rewards/verifier"], abs=1e-5)
+        assert 0 <= value["rewards/model"] <= 1 and value["reward_std"] > 0
+        assert value["advantage/mean"] == pytest.approx(0, abs=1e-6)
+        assert value["advantage/std"] > 0.1
+        assert -0.01 < value["kl"] < 0.1 and -0.01 < value["kl_loss"] < 0.1  # it has just begun
+        assert value["kl_coef"] == coefficient  # what the step used: halved behind a small KL
+        coefficient = max(0.01, coefficient * (0.5 if value["kl"] < 0.5 * c["TARGET_KL"] else
+                                               1.5 if value["kl"] > 2 * c["TARGET_KL"] else 1))
+        assert 0 < value["entropy"] < 3 and -3 < value["entropy_loss"] < 0
+        assert value["loss"] == pytest.approx(value["policy_loss"] + value["kl_coef"]
+                                              * value["kl_loss"] + c["ENTROPY_COEF"]
+                                              * value["entropy_loss"], abs=1e-5)
+        assert value["ratio/min"] < 1 < value["ratio/max"]
+        assert value["ratio/min"] < value["ratio/mean"] < value["ratio/max"]
+        assert value["clip_ratio/region_mean"] == pytest.approx(
+            value["clip_ratio/low_mean"] + value["clip_ratio/high_mean"], abs=1e-6)
+        assert value["clip_ratio/region_mean"] > 0.05  # the paper's range cuts from the first step
+        assert (1 <= value["completions/min_length"] <= value["completions/mean_length"]
+                <= value["completions/max_length"] <= c["MAX_NEW_TOKENS"])
+        tokens += completions * value["completions/mean_length"]
+        assert value["num_tokens"] == pytest.approx(tokens, abs=0.5)
+        assert value["grad_norm"] > 0
+        warm_up = min(1.0, value["step"] * updates / 10)
+        assert value["learning_rate"] == pytest.approx(c["LEARNING_RATE"] * warm_up)
+        assert value["step_time"] == pytest.approx(sum(value[name] for name in PHASES), rel=1e-6)
+        assert all(value[name] > 0 for name in ("time/rollout", "time/update", "time/reward"))
+        assert value["sampling_logp_difference"] < 1e-5
+    for row in (rows[0], rows[2], rows[3]):
+        accuracy, greedy, reward, length = numbers(row, "eval/accuracy", "eval/accuracy_greedy",
+                                                   "eval/reward", "eval/mean_length")
+        assert (accuracy * 32).is_integer() and (greedy * 32).is_integer()
+        assert accuracy <= reward <= accuracy + 0.5 and 1 <= length <= c["MAX_NEW_TOKENS"]
+
+
+def test_files_of_a_run(smoke):
+    out = smoke[1]
+    assert {p.name for p in out.iterdir()} == {"epoch_0", "step_2", "step_3", "metrics.csv",
+                                               "training_metrics.png"}
+    assert set(tree(out / "epoch_0")) == {"samples.txt", "constants.json", "train_script.py"}
+    for name in ("step_2", "step_3"):
+        assert set(tree(out / name)) >= {
+            "model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
+            "tokenizer_config.json", "chat_template.jinja", "constants.json", "samples.txt",
+            "train_script.py", "trainer_state.json", "trainer_state.safetensors", "metrics.csv"}
+    for path, content in tree(out).items():
+        assert not path.endswith((".bin", ".pt", ".pth", ".pkl", ".partial")), path
+        # A pickle: protocol 2 and later start so, and torch.save's zip archive holds one.
+        assert not re.match(rb"\x80[\x02-\x05]", content) and content[:2] != b"PK", path
+        if path.endswith("train_script.py"):
+            assert content == SCRIPT.read_bytes()
+    assert tree(out / "step_3")["metrics.csv"] == (out / "metrics.csv").read_bytes()
+
+
+def test_samples_are_the_evaluation_as_it_was_printed(smoke):
+    done, out, _ = smoke
+    texts = {name: (out / name / "samples.txt").read_text(encoding="utf-8")
+             for name in ("epoch_0", "step_2", "step_3")}
+    for name, text in texts.items():
+        assert text.startswith(f"step {name[-1]}: held-out accuracy ")
+        assert text in done.stdout
+        assert len(re.findall(r"\n    reward ", text)) == 3  # SHOW_SAMPLES
+    questions = [re.findall(r"\n  (\S.*)", text) for text in texts.values()]
+    assert questions[0] == questions[1] == questions[2]  # before and after, of the same
+    assert questions[0] == pd.read_parquet(ROOT / "data" / "heldout.parquet").question[:3].tolist()
+
+
+def test_constants_of_a_run(smoke, gspo):
+    _, out, arguments = smoke
+    facts = json.loads((out / "step_3" / "constants.json").read_text())
+    gspo.configure([*arguments, "PROFILE=embedded", "DEVICE=cpu"])
+    assert facts["constants"] == json.loads(json.dumps(gspo.constants()))
+    assert facts["constants"]["MAX_STEPS"] == 3 and facts["constants"]["PROFILE"] == "embedded"
+    assert facts["constants"]["LEARNING_RATE"] == gspo.EMBEDDED["LEARNING_RATE"]
+    assert facts["torch"] == torch.__version__ and facts["project"] == str(ROOT)
+    assert facts["command"][1:] == arguments and facts["device"].startswith("CPU")
+    assert re.fullmatch(r"[0-9a-f]{40}|", facts["commit"])
+    state = json.loads((out / "step_3" / "trainer_state.json").read_text())
+    assert state["step"] == 3 and state["updates"] == 3 * (
+        gspo.GSPO_EPOCHS * gspo.BATCH_SIZE * gspo.GROUP_SIZE // gspo.MINIBATCH)
+    assert state["num_tokens"] == int(read_metrics(out)[3]["num_tokens"])
+
+
+def test_plot(smoke):
+    data = (smoke[1] / "training_metrics.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR"
+    width, height = struct.unpack(">II", data[16:24])
+    assert 1000 <= width <= 3000 and 600 <= height <= 2000
+    from matplotlib.image import imread
+    image = imread(smoke[1] / "training_metrics.png")[..., :3]
+    # Twelve panels: each shows something that is neither white nor grey, its curves.
+    colour = image.max(2) - image.min(2) > 0.2
+    for rows in range(3):
+        for columns in range(4):
+            panel = colour[height * rows // 3:height * (rows + 1) // 3,
+                           width * columns // 4:width * (columns + 1) // 4]
+            assert panel.sum() > 20, f"panel {rows + 1}, {columns + 1} is empty"
+
+
+def test_checkpoint_is_a_model(smoke):
+    """Loaded by its class; trained, and further at step 3 than at step 2; it answers."""
+    out = smoke[1]
+    start = load_file(ROOT / "data" / "policy" / "model.safetensors")
+    weights = [AutoModelForCausalLM.from_pretrained(out / name).state_dict()
+               for name in ("step_2", "step_3")]
+    for name, value in start.items():
+        assert not torch.equal(value, weights[0][name]) or value.ndim == 1, name
+        assert value.dtype == torch.float32
+    moved = [sum((w[name] - value).square().sum() for name, value in start.items()) ** 0.5
+             for w in weights]
+    assert 0 < moved[0] < moved[1] < 5
+    tokenizer = AutoTokenizer.from_pretrained(out / "step_3")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "What is 1 plus 2?"}],
+                                           add_generation_prompt=True, enable_thinking=False,
+                                           return_tensors="pt", return_dict=True)
+    model = AutoModelForCausalLM.from_pretrained(out / "step_3")
+    answer = model.generate(**prompt, do_sample=False, max_new_tokens=40)
+    text = tokenizer.decode(answer[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True)
+    assert re.search(r"Answer: \d", text)
+
+
+def test_the_saved_script_runs_where_it_lies(smoke, tmp_path):
+    """Out of a run folder outside the project, from anywhere, it finds the project's data."""
+    script = smoke[1] / "step_3" / "train_script.py"
+    before = tree(smoke[1])
+    done = run_script(*SMALL, "MAX_STEPS=1", f"OUTPUT_DIR={tmp_path / 'again'}", script=script,
+                      cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("train_script\n")
+    assert checkpoints(tmp_path / "again") == {"epoch_0", "step_1"}
+    assert (tmp_path / "again" / "step_1" / "train_script.py").read_bytes() == script.read_bytes()
+    assert {path: data for path, data in tree(smoke[1]).items() if "__pycache__" not in path} == \
+        before
+
+
+# ---- Folders
+
+
+def test_an_earlier_run_is_left_alone(here, tmp_path):
+    first = here("MAX_STEPS=1")
+    before = tree(first)
+    here("MAX_STEPS=1", "SEED=1")
+    here("MAX_STEPS=1", "SEED=2")
+    assert tree(first) == before
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "run_2", "run_3"}
+    weights = [tree(tmp_path / name)["step_1/model.safetensors"]
+               for name in ("run", "run_2", "run_3")]
+    assert len(set(weights)) == 3
+
+
+def test_an_empty_folder_is_used(here, tmp_path):
+    (tmp_path / "run").mkdir()
+    assert checkpoints(here("MAX_STEPS=1")) == {"epoch_0", "step_1"}
+    assert {p.name for p in tmp_path.iterdir()} == {"run"}
+
+
+def test_epochs_and_steps(here, tmp_path, capsys):
+    """5 questions, 2 a step: 2 whole steps an epoch. SAVE_EVERY adds folders between epochs."""
+    out = here(question_file(tmp_path, 5), "NUM_EPOCHS=2", "SAVE_EVERY=1", "EVAL_EVERY=0")
+    printed = capsys.readouterr().out
+    assert re.search(r"  steps +4, 2 an epoch", printed) and "5 questions, 4 held out" in printed
+    assert checkpoints(out) == {"epoch_0", "step_1", "epoch_1", "step_3", "epoch_2"}
+    rows = read_metrics(out)
+    assert [float(row["epoch"]) for row in rows] == [0, 0.5, 1, 1.5, 2]
+    assert [row["step"] for row in rows if row["eval/accuracy"]] == ["0", "2", "4"]
+    for name, step in (("step_1", 1), ("epoch_1", 2), ("step_3", 3), ("epoch_2", 4)):
+        assert json.loads((out / name / "trainer_state.json").read_text())["step"] == step
+        assert len(read_metrics(out / name)) == step + 1
+
+
+def test_every_question_is_asked_in_each_pass_over_the_data(here, tmp_path):
+    """5 questions, 2 a step, so that passes end inside a batch: each has an order of its own."""
+    log = tmp_path / "log.jsonl"
+    (tmp_path / "reward.py").write_text(
+        "import json\n"
+        "def score(questions, responses, references):\n"
+        f"    with open({str(log)!r}, 'a') as file:\n"
+        "        file.write(json.dumps([questions, responses, references]) + '\\n')\n"
+        "    return [float(len(response)) for response in responses]\n")
+    out = here(question_file(tmp_path, 5), "NUM_EPOCHS=5", "EVAL_EVERY=0",
+               f"REWARD_FUNCTION={tmp_path / 'reward.py'}:score",
+               "REWARD_WEIGHTS={'function': 0.25, 'verifier': 2}")
+    calls = [json.loads(line) for line in log.read_text().splitlines()]
+    rollouts = [call for call in calls if len(call[0]) == 8]
+    known = dict(pd.read_parquet(tmp_path / "few.parquet")[["question", "answer"]].to_numpy())
+    asked = []
+    for questions, responses, references in rollouts:
+        assert len(responses) == 8 and references == [known[question] for question in questions]
+        assert questions == [questions[0]] * 4 + [questions[4]] * 4  # groups of 4, in a row
+        asked += [questions[0], questions[4]]
+    passes = [tuple(asked[i:i + 5]) for i in range(0, 20, 5)]
+    assert len(asked) == 20 and all(set(one) == set(known) for one in passes)
+    assert len(set(passes)) > 1
+    # Its scores are the reward, by their weight.
+    for row, (_, responses, _) in zip(read_metrics(out)[1:], rollouts, strict=True):
+        score, right, reward = numbers(row, "rewards/function", "accuracy", "reward")
+        assert score == pytest.approx(sum(map(len, responses)) / 8)
+        assert reward == pytest.approx(0.25 * score + 2 * right, rel=1e-6)
+        assert row["rewards/model"] == ""
+
+
+# ---- Settings
+
+
+def test_model_alone_and_verifier_alone(here):
+    row = read_metrics(here("MAX_STEPS=1", "REWARD_WEIGHTS={'model': 2.0}", out="model"))[1]
+    model, reward, right, accuracy = numbers(row, "rewards/model", "reward", "rewards/verifier",
+                                             "accuracy")
+    assert reward == pytest.approx(2 * model, rel=1e-6) and accuracy == right
+    row = read_metrics(here("MAX_STEPS=1", "REWARD_WEIGHTS={'verifier': 1.0}", out="verifier"))[1]
+    assert row["rewards/model"] == ""
+    assert numbers(row, "reward") == numbers(row, "accuracy")
+
+
+def test_no_reference_without_kl(here, gspo, monkeypatch):
+    loaded, load = [], gspo.load_pretrained
+
+    def counting(kind, *arguments, **options):
+        loaded.append(kind.__name__)
+        return load(kind, *arguments, **options)
+
+    monkeypatch.setattr(gspo, "load_pretrained", counting)
+    row = read_metrics(here("MAX_STEPS=2", out="with"))[2]
+    assert loaded.count("AutoModelForCausalLM") == 2 and float(row["kl"]) != 0
+    loaded.clear()
+    row = read_metrics(here("MAX_STEPS=2", "KL_COEF=0", out="without"))[2]
+    assert loaded.count("AutoModelForCausalLM") == 1
+    assert float(row["kl_coef"]) == 0
+    assert float(row["loss"]) == pytest.approx(float(row["policy_loss"])
+                                               + 0.01 * float(row["entropy_loss"]), abs=1e-6)
+
+
+def test_segment_rewards_and_token_level_loss(here):
+    """Each sentence is credited with what it adds; together they add up to the answer's reward."""
+    out = here("MAX_STEPS=2", "USE_TOKEN_LEVEL_LOSS=True", "USE_SEQUENCE_LEVEL_REWARD=False")
+    whole = here("MAX_STEPS=2", out="whole")
+    for row in read_metrics(out)[1:]:
+        reward, accuracy = numbers(row, "reward", "accuracy")
+        assert reward == pytest.approx(accuracy, abs=1e-6)  # an empty answer has 0
+    same = ("reward", "accuracy", "completions/mean_length")  # the same first rollout ...
+    first, plain = read_metrics(out)[1], read_metrics(whole)[1]
+    assert numbers(first, *same) == pytest.approx(numbers(plain, *same))
+    assert float(first["advantage/std"]) > 0  # ... credited in another way
+    assert first["advantage/std"] != plain["advantage/std"]
+
+
+def test_evaluation_does_not_touch_the_training(here):
+    runs = [here("MAX_STEPS=3", f"EVAL_EVERY={every}", f"SHOW_SAMPLES={every}",
+                 f"EVAL_QUESTIONS={questions}", out=f"every_{every}")
+            for every, questions in ((0, 4), (1, 7), (2, 4))]
+    rows = [read_metrics(out) for out in runs]
+    assert [[row["step"] for row in some if row["eval/accuracy"]] for some in rows] == [
+        ["0", "3"], ["0", "1", "2", "3"], ["0", "2", "3"]]
+    for some in rows[1:]:
+        for one, other in zip(rows[0], some):
+            for name in one:
+                if not name.startswith(("eval/", "time/")) and name != "step_time":
+                    assert one[name] == other[name], (one["step"], name)
+    weights = [load_file(out / "step_3" / "model.safetensors") for out in runs]
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]) and torch.equal(value, weights[2][name])
+
+
+def test_long_prompts_are_dropped_aloud(here, tmp_path, capsys):
+    questions = ["What is 3 plus 4?", "What is 3 plus 4? " * 12, "What is 2 plus 4?"]
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"q": q, "a": "7"}) + "\n" for q in questions))
+    entry = {"path": str(path), "type": "jsonl", "input": "q", "output": "a"}
+    out = here(f"train_datasets={[entry]!r}", "NUM_EPOCHS=1")
+    printed = capsys.readouterr().out
+    assert "train_datasets: dropped 1 of 3 prompts, longer than MAX_PROMPT_TOKENS = 64" in printed
+    assert "2 questions, 4 held out" in printed
+    assert [row["step"] for row in read_metrics(out)] == ["0", "1"]
+
+
+# ---- Interrupted and killed
+
+
+def start(*arguments, script=SCRIPT):
+    """Start the script and return the process."""
+    return subprocess.Popen([sys.executable, str(script), *map(str, arguments)], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            # Shells start background jobs with SIGINT ignored, which is inherited.
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+def wait_for(condition, process, seconds=120):
+    """Wait until condition() holds; fails if the process ends or the time is up."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.05)
+
+
+def test_ctrl_c(tmp_path):
+    out = tmp_path / "run"
+    process = start(*SMALL, NO_MODEL, "MAX_STEPS=10_000", "SAVE_EVERY=2", f"OUTPUT_DIR={out}")
+    try:
+        wait_for(lambda: (out / "step_2").is_dir(), process)
+        time.sleep(0.3)  # into the middle of a step
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in errors and "error" not in errors
+    rows = read_metrics(out)
+    last = int(rows[-1]["step"])
+    assert 2 <= last < 1000 and [int(row["step"]) for row in rows] == list(range(last + 1))
+    said = re.search(r"stopped at step (\d+); to go on, RESUME_FROM one of these in (.*): (.*)",
+                     printed)
+    assert (int(said.group(1)), said.group(2)) == (last, str(out))
+    assert set(said.group(3).split(", ")) == checkpoints(out) - {"epoch_0"}
+    assert "step_2" in said.group(3)
+    assert (out / "training_metrics.png").read_bytes()[:4] == b"\x89PNG"
+    AutoModelForCausalLM.from_pretrained(out / "step_2")
+
+
+def test_ctrl_c_before_anything_is_saved(gspo, tmp_path, monkeypatch, capsys):
+    def interrupted(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gspo, "evaluate", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        gspo.main([*SMALL, NO_MODEL, f"OUTPUT_DIR={tmp_path / 'run'}"])
+    assert stop.value.code == 130
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert "stopped at step 0" in printed and printed.endswith("none was saved yet")
+    assert not checkpoints(tmp_path / "run")
+
+
+def test_ctrl_c_in_the_middle_of_a_save(here, tmp_path, monkeypatch, capsys):
+    """What is not yet whole is not offered; the rest is, in the order of the steps."""
+    replace = os.replace
+
+    def interrupted(source, target):
+        if Path(target).name == "step_11":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        here("MAX_STEPS=20", "SAVE_EVERY=1", "EVAL_EVERY=0")
+    assert stop.value.code == 130
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert printed.endswith(": " + ", ".join(f"step_{i}" for i in range(1, 11)))
+
+
+KILLED = """
+import importlib.util, os, signal, sys
+spec = importlib.util.spec_from_file_location("gspo", {script!r})
+gspo = importlib.util.module_from_spec(spec)
+sys.modules["gspo"] = gspo
+spec.loader.exec_module(gspo)
+gspo.plot_metrics = lambda run: None
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+calls = dict(save_file=0, replace=0, model=0)
+
+def on_third(name, function, before):
+    def call(*arguments, **options):
+        calls[name] += 1
+        if calls[name] == 3:
+            before(*arguments)
+            die()
+        return function(*arguments, **options)
+    return call
+
+def half_a_file(state, path):
+    gspo_save_file(state, path)
+    with open(path, "r+b") as file:
+        file.truncate(1000)
+
+gspo_save_file, replace = gspo.save_file, os.replace
+if sys.argv[1] == "state":
+    gspo.save_file = on_third("save_file", gspo.save_file, half_a_file)
+elif sys.argv[1] == "rename":
+    os.replace = on_third("replace", replace, lambda *arguments: None)
+else:
+    kind = gspo.transformers.PreTrainedModel
+    kind.save_pretrained = on_third("model", kind.save_pretrained, lambda model, path:
+                                    open(os.path.join(path, "model.safetensors"), "wb").write(b"x"))
+gspo.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("moment", ["model", "state", "rename"])
+def test_killed_in_the_middle_of_a_save(tmp_path, here, moment):
+    """The third save is cut off: what has its name is whole, and can be gone on from."""
+    out, script = tmp_path / "killed", tmp_path / "killed.py"
+    script.write_text(KILLED.format(script=str(SCRIPT)))
+    process = start(moment, *SMALL, NO_MODEL, "MAX_STEPS=5", "SAVE_EVERY=1", f"OUTPUT_DIR={out}",
+                    script=script)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
+    # "rename" counts epoch_0 too, which is saved without a model or a state.
+    whole = {"epoch_0", "step_1"} | ({"step_2"} if moment != "rename" else set())
+    cut = "step_2" if moment == "rename" else "step_3"
+    assert checkpoints(out) == whole
+    assert {p.name for p in out.iterdir()} - whole == {"metrics.csv", f".{cut}.partial"}
+    for name in whole - {"epoch_0"}:
+        model = AutoModelForCausalLM.from_pretrained(out / name)
+        assert all(value.isfinite().all() for value in model.state_dict().values())
+        assert int(json.loads((out / name / "trainer_state.json").read_text())["step"]) > 0
+    last = max(whole - {"epoch_0"})
+    again = here(f"RESUME_FROM={out / last}", "MAX_STEPS=3", out="again")
+    assert [row["step"] for row in read_metrics(again)] == ["0", "1", "2", "3"]
+    assert "step_3" in checkpoints(again)
