@@ -238,7 +238,7 @@ def compute_advantages(rewards):
     groups = rewards.reshape(len(rewards) // GROUP_SIZE if USE_GROUP_NORMALIZATION else 1, -1)
     advantages = groups - groups.nanmean(1, keepdim=True)
     if ADVANTAGE_TYPE == "normalized":
-        advantages = advantages / (group_std(groups) + ADVANTAGE_EPSILON)
+        advantages = advantages / (group_std(groups, STD_CORRECTION) + ADVANTAGE_EPSILON)
     advantages = advantages.masked_fill(without_spread(groups), 0.0).nan_to_num(0.0)
     return advantages.reshape(rewards.shape)
 
@@ -606,9 +606,9 @@ def new_optimizer(module, learning_rate):
     return optimizer
 
 
-def optimiser_step(run, name, meter):
+def optimiser_step(run, name, meter, frozen=False):
     """One AdamW step of a trained module on its gradient, clipped to MAX_GRAD_NORM; stops with one
-    line if loss or gradient are not finite."""
+    line if loss or gradient are not finite. `frozen`: the gradient is thrown away."""
     module, optimizer = run.trained[name]
     norm = float(torch.nn.utils.clip_grad_norm_(module.parameters(), MAX_GRAD_NORM or math.inf))
     loss = meter.end_minibatch(norm)
@@ -616,6 +616,8 @@ def optimiser_step(run, name, meter):
         fail(f"step {run.step + 1}: the {name}'s loss is {loss} and its gradient norm {norm}; "
              f"expected finite numbers. The weights were not saved: lower LEARNING_RATE "
              f"({LEARNING_RATE}) and go on from a checkpoint in {run.folder}")
+    if frozen:
+        return optimizer.zero_grad()
     run.updates += name == "policy"
     group = optimizer.param_groups[0]
     group["lr"] = group["initial_lr"] * min(1.0, run.updates / max(1, WARMUP_STEPS))
@@ -787,11 +789,11 @@ def decode(tokenizer, tokens):
     return tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
-def group_std(groups):
+def group_std(groups, correction=1):
     """Standard deviation of each row of (groups, n), NaN left out. Returns (groups, 1)."""
     centred = groups - groups.nanmean(1, keepdim=True)
     count = groups.isfinite().sum(1, keepdim=True)
-    variance = centred.square().nansum(1, keepdim=True) / (count - STD_CORRECTION).clamp(min=1)
+    variance = centred.square().nansum(1, keepdim=True) / (count - correction).clamp(min=1)
     return variance.sqrt()
 
 
@@ -955,8 +957,8 @@ def metric_names():
         clip_ratio/high_mean clip_ratio/region_mean ratio/min ratio/mean ratio/max
         completions/mean_length completions/min_length completions/max_length
         completions/clipped_ratio sampling_logp_difference grad_norm learning_rate num_tokens
-        time/rollout time/reward time/logps time/update step_time eval/accuracy
-        eval/accuracy_greedy eval/reward eval/mean_length time/eval
+        time/rollout time/reward time/logps time/update step_time peak_memory
+        eval/accuracy eval/accuracy_greedy eval/reward eval/mean_length time/eval
     """
     return ["step", "epoch", "loss", *algorithm_metrics(), *shared.split()]
 
@@ -985,6 +987,18 @@ class Clock:
         return times | ({"step_time": sum(self.laps.values())} if total else {})
 
 
+def peak_memory():
+    """The most memory so far, in GB: of the GPU if there is one, else of the process; NaN if the
+    system does not tell (Windows)."""
+    if DEVICE != "cpu":
+        return torch.cuda.max_memory_allocated(DEVICE) / 1e9
+    with suppress(ImportError):
+        import resource
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return math.nan
+
+
 def finish_step(run, metrics):
     """Count the step; evaluate, write its row, save and draw, each when it is due."""
     run.step += 1
@@ -993,7 +1007,7 @@ def finish_step(run, metrics):
     ends = place == 0 or run.step == run.total_steps
     evaluating = ends or (EVAL_EVERY and run.step % EVAL_EVERY == 0)
     metrics |= {"step": run.step, "epoch": run.step / run.steps_per_epoch,
-                "num_tokens": run.num_tokens}
+                "num_tokens": run.num_tokens, "peak_memory": peak_memory()}
     shown = {"reward": "reward", "accuracy": "accuracy", "KL": "kl",
              "length": "completions/mean_length", "clipped": "clip_ratio/region_mean"}
     shown = ", ".join(f"{label} {metrics[name]:.3g}" for label, name in shown.items()
@@ -1451,7 +1465,7 @@ def start(arguments):
     facts = {"script": Path(__file__).stem, "device": device, "python": platform.python_version(),
              "torch": torch.__version__, "transformers": transformers.__version__,
              "commit": git_commit(), "project": str(project_root()), "command": sys.argv,
-             "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+             "started": time.strftime("%Y-%m-%d %H:%M:%S"), "steps": total_steps}
     run = Run(folder, facts, Path(__file__).read_bytes(), train_rows, eval_rows, scorers, policy,
               {"policy": (policy, new_optimizer(policy, LEARNING_RATE))}, tokenizer,
               torch.Generator(DEVICE).manual_seed(SEED), torch.Generator().manual_seed(SEED),

@@ -1,0 +1,330 @@
+"""Run algorithms side by side and show what their differences do: one figure, one table.
+
+    python RL_HAND/compare.py gspo grpo dapo ppo SEEDS=3                 # each script, each seed
+    python RL_HAND/compare.py gspo grpo SEEDS=5 LEARNING_RATE=5e-5       # constants for all of them
+    python RL_HAND/compare.py --runs runs/gspo runs/gspo_2 runs/grpo     # runs that exist
+
+Each run is the script as it is, in a process of its own, all with the same constants and the seeds
+0 ... SEEDS-1. A run that is complete is not repeated: start the same command again after a crash.
+A run that fails is reported, and the rest carried on (exit status 1). Written to OUTPUT:
+comparison.png, comparison.md, comparison.csv. Its own options, beside the scripts' constants:
+
+    SEEDS=3            seeds per algorithm
+    OUTPUT=runs/compare
+    WORKERS=0          runs at a time; 0: one per CPU core, or one where there is a GPU
+    TARGET=0.8         the held-out accuracy to which steps, tokens and seconds are counted
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+HERE = Path(__file__).resolve().parent
+COLOURS = {"gspo": "#1f77b4", "grpo": "#ff7f0e", "dapo": "#2ca02c", "ppo": "#d62728"}
+
+
+def fail(message):
+    """Stop with one line on standard error and exit status 1."""
+    raise SystemExit(f"error: {message}")
+
+
+def parse(arguments):
+    """The command line as (options, script names, run folders, constants for the scripts)."""
+    options = {"SEEDS": 3, "OUTPUT": "runs/compare", "WORKERS": 0, "TARGET": 0.8}
+    names, folders, constants = [], [], []
+    if "--runs" in arguments:
+        at = arguments.index("--runs")
+        folders = [a for a in arguments[at + 1:] if "=" not in a]
+        arguments = arguments[:at] + [a for a in arguments[at + 1:] if "=" in a]
+        if not folders:
+            fail("--runs: found no folder behind it; expected run folders, such as runs/gspo")
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if not equals:
+            names.append(argument)
+        elif name in options:
+            try:
+                options[name] = type(options[name])(value)
+            except ValueError:
+                fail(f"{argument}: expected a {type(options[name]).__name__}")
+        else:
+            constants.append(argument)
+    known = sorted(p.parent.name for p in HERE.glob("*/*.py") if p.stem == p.parent.name)
+    for name in names:
+        if name not in known:
+            fail(f"{name!r} is no script; expected some of {', '.join(known)}")
+    if bool(names) == bool(folders):
+        fail(f"expected scripts ({', '.join(known)}) or --runs FOLDER ...; see compare.py --help")
+    if options["SEEDS"] < 1 or options["WORKERS"] < 0:
+        fail("expected SEEDS=1 or more and WORKERS=0 or more")
+    options["OUTPUT"] = Path(options["OUTPUT"]).absolute()
+    return options, names, folders, constants
+
+
+# ============================================ Running ===========================================
+
+
+def constants_of(folder):
+    """What a run's folder says of the run, or None: constants.json of its first checkpoint."""
+    file = folder / "epoch_0" / "constants.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def steps_done(folder):
+    """The last step in a run's metrics.csv; 0 if there is none."""
+    try:
+        return int((folder / "metrics.csv").read_text().rstrip().rsplit("\n", 1)[-1].split(",")[0])
+    except (OSError, ValueError):
+        return 0
+
+
+def is_complete(folder, wanted):
+    """Whether the folder holds the finished run of the given command-line constants."""
+    facts = constants_of(folder)
+    if facts is None:
+        return False
+    if facts["command"][1:] != wanted:
+        fail(f"{folder} holds a run with other settings ({' '.join(facts['command'][1:])}); "
+             f"expected {' '.join(wanted)}: choose another OUTPUT, or delete it")
+    return (folder / "finished").exists()
+
+
+def run_all(options, names, constants):
+    """Run what is missing; returns the complete runs' folders and the failures, a line each."""
+    try:
+        import torch
+        on_gpu = torch.cuda.is_available()
+    except ImportError:
+        fail("PyTorch is missing; expected the packages of requirements.txt")
+    workers = options["WORKERS"] or (1 if on_gpu else os.cpu_count())
+    threads = str(max(1, os.cpu_count() // workers))
+    waiting, folders, failures = [], [], []
+    for seed in range(options["SEEDS"]):
+        for name in names:
+            folder = options["OUTPUT"] / f"{name}_seed{seed}"
+            arguments = [f"SEED={seed}", f"OUTPUT_DIR={folder}", *constants]
+            folders.append(folder)
+            if not is_complete(folder, arguments):
+                waiting.append((name, folder, arguments))
+    running, steps = [], {folder: steps_done(folder) for folder in folders}
+    missing = {folder for _, folder, _ in waiting}
+    for folder in missing:
+        steps[folder] = 0
+    with tqdm(unit="step", desc=f"{len(folders)} runs", ncols=100) as bar:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                name, folder, arguments = waiting.pop(0)
+                shutil.rmtree(folder, ignore_errors=True)
+                log = options["OUTPUT"] / f"{folder.name}.log"
+                log.parent.mkdir(parents=True, exist_ok=True)
+                command = [sys.executable, str(HERE / name / f"{name}.py"), *arguments]
+                with log.open("w") as output:
+                    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT,
+                                               env=os.environ | {"OMP_NUM_THREADS": threads})
+                running.append((process, folder, log))
+            time.sleep(0.5)
+            for process, folder, log in list(running):
+                steps[folder] = steps_done(folder)
+                if process.poll() is not None:
+                    running.remove((process, folder, log))
+                    if process.returncode == 0:
+                        (folder / "finished").touch()
+                    else:
+                        last = log.read_text(errors="replace").replace("\r", "\n").strip()
+                        failures.append(f"{folder.name} failed (status {process.returncode}): " +
+                                        last.split("\n")[-1])
+                        bar.write(failures[-1])
+            known = [facts["steps"] for facts in map(constants_of, folders) if facts]
+            bar.total = round(len(folders) * np.mean(known)) if known else None
+            bar.n = sum(steps.values())
+            bar.refresh()
+    return [folder for folder in folders if (folder / "finished").exists()], failures
+
+
+# ============================================ Reading ===========================================
+
+
+def read_run(folder):
+    """A run's metrics as a table with columns `algorithm`, `folder`, `seconds` (of training)."""
+    facts = constants_of(folder)
+    if facts is None or not (folder / "metrics.csv").exists():
+        fail(f"{folder} is no run folder; expected one with metrics.csv and epoch_0/constants.json")
+    table = pd.read_csv(folder / "metrics.csv")
+    return table.assign(algorithm=facts["script"], folder=str(folder),
+                        seconds=table["step_time"].fillna(0).cumsum())
+
+
+def mean_and_error(values):
+    """'0.912 ± 0.004' of a list: the mean and its standard error, if there are several."""
+    values = [v for v in values if v is not None and not math.isnan(v)]
+    if not values:
+        return "-"
+    digits = 3 if abs(np.mean(values)) < 10 else 0
+    text = f"{np.mean(values):,.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):,.{digits}f}"
+    return text
+
+
+def reached(run, target, column):
+    """Where `column` stood when the sampled held-out accuracy first reached the target,
+    interpolated between evaluations; NaN if it never did."""
+    points = run.dropna(subset=["eval/accuracy"])
+    accuracy, place = points["eval/accuracy"].to_numpy(), points[column].to_numpy()
+    above = np.flatnonzero(accuracy >= target)
+    if not len(above):
+        return math.nan
+    i = above[0]
+    if i == 0:
+        return float(place[0])
+    share = (target - accuracy[i - 1]) / (accuracy[i] - accuracy[i - 1])
+    return float(place[i - 1] + share * (place[i] - place[i - 1]))
+
+
+def summarise(table, target):
+    """One row per algorithm: text of mean ± standard error over its runs."""
+    rows = []
+    for algorithm, runs in table.groupby("algorithm", sort=False):
+        runs = [run for _, run in runs.groupby("folder")]
+        evaluated = [run.dropna(subset=["eval/accuracy"]) for run in runs]
+        trained = [run[run.step > 0] for run in runs]
+
+        def over(values):
+            return mean_and_error([float(v) for v in values])
+
+        phases = " / ".join(f"{np.mean([run[f'time/{p}'].mean() for run in trained]):.2f}"
+                            for p in ("rollout", "reward", "logps", "update"))
+        reach = [reached(run, target, "step") for run in runs]
+        rows.append({
+            "algorithm": algorithm, "runs": len(runs),
+            "sampled before": over(e["eval/accuracy"].iloc[0] for e in evaluated),
+            "sampled after": over(e["eval/accuracy"].iloc[-1] for e in evaluated),
+            "greedy before": over(e["eval/accuracy_greedy"].iloc[0] for e in evaluated),
+            "greedy after": over(e["eval/accuracy_greedy"].iloc[-1] for e in evaluated),
+            f"reached {target}": f"{np.isfinite(reach).sum()} of {len(runs)}",
+            f"steps to {target}": over(reach),
+            f"seconds to {target}": over(reached(run, target, "seconds") for run in runs),
+            f"tokens to {target}": over(reached(run, target, "num_tokens") for run in runs),
+            "tokens": over(run["num_tokens"].iloc[-1] for run in runs),
+            "seconds": over(run["seconds"].iloc[-1] for run in runs),
+            "s per step: rollout / reward / log-probs / update": phases,
+            "peak memory, GB": over(run["peak_memory"].max() for run in trained),
+        })
+    return pd.DataFrame(rows)
+
+
+def noise(table):
+    """Differences of the final sampled accuracy, and which exceed twice their standard error."""
+    evaluated = table.dropna(subset=["eval/accuracy"])
+    final = {algorithm: runs.groupby("folder")["eval/accuracy"].last()
+             for algorithm, runs in evaluated.groupby("algorithm", sort=False)}
+    lines, names = [], list(final)
+    for i, a in enumerate(names):
+        for b in names[i + 1:]:
+            gap = final[a].mean() - final[b].mean()
+            if min(len(final[a]), len(final[b])) < 2:
+                lines.append(f"{a} - {b}: {gap:+.3f}, one seed only: no error known")
+                continue
+            error = math.sqrt(final[a].var() / len(final[a]) + final[b].var() / len(final[b]))
+            verdict = "within noise" if abs(gap) < 2 * error else "more than noise"
+            lines.append(f"{a} - {b}: {gap:+.3f} ± {error:.3f}, {verdict}")
+    return lines
+
+
+def markdown(table):
+    """A table as Markdown."""
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + "---|" * len(table.columns)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in table.to_numpy()])
+
+
+# ============================================ Drawing ===========================================
+
+
+def draw(table, file):
+    """The figure: accuracy by steps, tokens and seconds above; reward, KL, entropy, clipping and
+    length by steps below. Lines are means over seeds, shades the seeds' range."""
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1.25, 1))
+    for axes, (x, label) in zip(above.subplots(1, 3, sharey=True), (
+            ("step", "steps (a rollout and its updates)"),
+            ("num_tokens", "completion tokens sampled"),
+            ("seconds", "seconds of training"))):
+        curves(axes, table, x, "eval/accuracy")
+        axes.set_xlabel(label)
+        axes.set_ylim(0, 1)
+    above.axes[0].set_ylabel("held-out accuracy, sampled at T = 1")
+    above.axes[0].legend(frameon=False, fontsize=11, loc="lower right")
+    for axes, (metric, title) in zip(below.subplots(1, 5), (
+            ("reward", "reward"), ("kl", "KL to the start, nats per token"),
+            ("entropy", "entropy, nats per token"),
+            ("clip_ratio/region_mean", "share of tokens cut"),
+            ("completions/mean_length", "length, tokens"))):
+        curves(axes, table[table.step > 0], "step", metric)
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel("step")
+        if metric.startswith("clip"):
+            axes.set_yscale("symlog", linthresh=1e-3)
+            axes.set_ylim(0, 1)
+    figure.savefig(file, dpi=120)
+
+
+def curves(axes, table, x, metric):
+    """Draw one metric of every algorithm over x, averaged over seeds on a common grid."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    for algorithm, runs in table.groupby("algorithm", sort=False):
+        runs = [run.dropna(subset=[metric]) for _, run in runs.groupby("folder")] \
+            if metric in table else []
+        runs = [run for run in runs if len(run) > 1]
+        if not runs:
+            continue
+        if not metric.startswith("eval/"):  # every step has a value: smooth it for the eye
+            runs = [run.assign(**{metric: run[metric].rolling(7, 1, center=True).mean()})
+                    for run in runs]
+        first, last = max(run[x].iloc[0] for run in runs), min(run[x].iloc[-1] for run in runs)
+        grid = np.linspace(first, last, 100)
+        values = np.stack([np.interp(grid, run[x], run[metric]) for run in runs])
+        colour = COLOURS.get(algorithm)
+        line, = axes.plot(grid, values.mean(0), color=colour, linewidth=2,
+                          label=f"{algorithm.upper()} ({len(runs)} seeds)")
+        axes.fill_between(grid, values.min(0), values.max(0), color=line.get_color(), alpha=0.15,
+                          linewidth=0)
+
+
+def main(arguments):
+    """`python compare.py SCRIPT ... [NAME=VALUE ...]` or `python compare.py --runs FOLDER ...`"""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    options, names, folders, constants = parse(arguments)
+    failures = []
+    if names:
+        folders, failures = run_all(options, names, constants)
+    if not folders:
+        fail("no run is complete; the logs are in " + str(options["OUTPUT"]))
+    table = pd.concat([read_run(Path(folder)) for folder in folders])
+    output = options["OUTPUT"]
+    output.mkdir(parents=True, exist_ok=True)
+    summary = summarise(table, options["TARGET"])
+    draw(table, output / "comparison.png")
+    summary.to_csv(output / "comparison.csv", index=False)
+    text = "\n- ".join([f"{markdown(summary)}\n\nFinal sampled accuracy, differences:\n", *noise(table)])
+    (output / "comparison.md").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n\nin {output}: comparison.png, comparison.md, comparison.csv")
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
