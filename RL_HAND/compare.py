@@ -2,7 +2,8 @@
 
     python RL_HAND/compare.py gspo grpo dapo ppo SEEDS=3                 # each script, each seed
     python RL_HAND/compare.py gspo grpo SEEDS=5 LEARNING_RATE=5e-5       # constants for all of them
-    python RL_HAND/compare.py --runs runs/gspo runs/gspo_2 runs/grpo     # runs that exist
+    python RL_HAND/compare.py --runs runs/gspo runs/gspo_2 runs/grpo     # runs that exist, grouped
+                                            # by script and by what was set on their command lines
 
 Each run is the script as it is, in a process of its own, all with the same constants and the seeds
 0 ... SEEDS-1. A run that is complete is not repeated: start the same command again after a crash.
@@ -99,7 +100,13 @@ def is_complete(folder, wanted):
     return (folder / "finished").exists()
 
 
-def run_all(options, names, constants):
+def jobs_of(options, names, constants):
+    """The runs to be made, seed by seed: (script name, folder, its command line)."""
+    return [(name, options["OUTPUT"] / f"{name}_seed{seed}", [f"SEED={seed}", *constants])
+            for seed in range(options["SEEDS"]) for name in names]
+
+
+def run_all(options, jobs):
     """Run what is missing; returns the complete runs' folders and the failures, a line each."""
     try:
         import torch
@@ -109,13 +116,11 @@ def run_all(options, names, constants):
     workers = options["WORKERS"] or (1 if on_gpu else os.cpu_count())
     threads = str(max(1, os.cpu_count() // workers))
     waiting, folders, failures = [], [], []
-    for seed in range(options["SEEDS"]):
-        for name in names:
-            folder = options["OUTPUT"] / f"{name}_seed{seed}"
-            arguments = [f"SEED={seed}", f"OUTPUT_DIR={folder}", *constants]
-            folders.append(folder)
-            if not is_complete(folder, arguments):
-                waiting.append((name, folder, arguments))
+    for name, folder, arguments in jobs:
+        arguments = [f"OUTPUT_DIR={folder}", *arguments]
+        folders.append(folder)
+        if not is_complete(folder, arguments):
+            waiting.append((name, folder, arguments))
     running, steps = [], {folder: steps_done(folder) for folder in folders}
     missing = {folder for _, folder, _ in waiting}
     for folder in missing:
@@ -125,7 +130,7 @@ def run_all(options, names, constants):
             while waiting and len(running) < workers:
                 name, folder, arguments = waiting.pop(0)
                 shutil.rmtree(folder, ignore_errors=True)
-                log = options["OUTPUT"] / f"{folder.name}.log"
+                log = folder.with_name(f"{folder.name}.log")
                 log.parent.mkdir(parents=True, exist_ok=True)
                 command = [sys.executable, str(HERE / name / f"{name}.py"), *arguments]
                 with log.open("w") as output:
@@ -154,13 +159,19 @@ def run_all(options, names, constants):
 # ============================================ Reading ===========================================
 
 
+def label_of(facts):
+    """What a run is called: its script, and what was set on its command line but for the seed."""
+    settings = [a for a in facts["command"][1:] if a.split("=")[0] not in ("SEED", "OUTPUT_DIR")]
+    return " ".join([facts["script"], *settings])
+
+
 def read_run(folder):
     """A run's metrics as a table with columns `algorithm`, `folder`, `seconds` (of training)."""
     facts = constants_of(folder)
     if facts is None or not (folder / "metrics.csv").exists():
         fail(f"{folder} is no run folder; expected one with metrics.csv and epoch_0/constants.json")
     table = pd.read_csv(folder / "metrics.csv")
-    return table.assign(algorithm=facts["script"], folder=str(folder),
+    return table.assign(algorithm=label_of(facts), folder=str(folder),
                         seconds=table["step_time"].fillna(0).cumsum())
 
 
@@ -296,7 +307,7 @@ def curves(axes, table, x, metric):
         values = np.stack([np.interp(grid, run[x], run[metric]) for run in runs])
         colour = COLOURS.get(algorithm)
         line, = axes.plot(grid, values.mean(0), color=colour, linewidth=2,
-                          label=f"{algorithm.upper()} ({len(runs)} seeds)")
+                          label=f"{algorithm} ({len(runs)} runs)")
         axes.fill_between(grid, values.min(0), values.max(0), color=line.get_color(), alpha=0.15,
                           linewidth=0)
 
@@ -309,7 +320,7 @@ def main(arguments):
     options, names, folders, constants = parse(arguments)
     failures = []
     if names:
-        folders, failures = run_all(options, names, constants)
+        folders, failures = run_all(options, jobs_of(options, names, constants))
     if not folders:
         fail("no run is complete; the logs are in " + str(options["OUTPUT"]))
     table = pd.concat([read_run(Path(folder)) for folder in folders])
@@ -318,7 +329,8 @@ def main(arguments):
     summary = summarise(table, options["TARGET"])
     draw(table, output / "comparison.png")
     summary.to_csv(output / "comparison.csv", index=False)
-    text = "\n- ".join([f"{markdown(summary)}\n\nFinal sampled accuracy, differences:\n", *noise(table)])
+    text = "\n- ".join([f"{markdown(summary)}\n\nFinal sampled accuracy, differences:\n",
+                        *noise(table)])
     (output / "comparison.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\nin {output}: comparison.png, comparison.md, comparison.csv")
     for failure in failures:

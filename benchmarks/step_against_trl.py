@@ -2,12 +2,13 @@
 
     python benchmarks/step_against_trl.py [ROUNDS=5]
 
-Both sample 16 prompts x 8 completions of at most 60 tokens at temperature 1 from the embedded policy, score
-them with the exact-answer verifier, and make 2 passes of 2 minibatches with the sequence-level ratio and no
-KL term. The learning rate is 0, so that the policy, and with it the lengths, stay what they are; AdamW runs
-all the same. Runs alternate (TRL, ours, TRL, ...); the first rollout of each is a warm-up. What counts is the ratio of
-the medians: absolute times depend on the machine and on what else it does. A second table compares the rollout
-alone with `model.generate`.
+Both sample 16 prompts x 8 completions of at most 60 tokens at temperature 1 from the embedded
+policy, score them with the exact-answer verifier, and make 2 passes of 2 minibatches with the
+sequence-level ratio and no KL term. The learning rate is 0, so that the policy, and with it the
+lengths, stay what they are; AdamW runs all the same. Runs alternate (TRL, ours, TRL, ...), and the
+first rollout of each is a warm-up. What counts is the ratio of the medians: absolute times depend
+on the machine and on what else it does. A second table compares the rollout alone with
+`model.generate`.
 """
 
 import importlib.util
@@ -88,7 +89,8 @@ def trl_run(gspo, run, folder):
         return gspo.verify(None, [c[0]["content"] for c in completions], answer)
 
     config = GRPOConfig(
-        output_dir=f"{folder}/trl", importance_sampling_level="sequence", loss_type="grpo", beta=0.0,
+        output_dir=f"{folder}/trl", importance_sampling_level="sequence", loss_type="grpo",
+        beta=0.0,
         epsilon=3e-4, epsilon_high=4e-4, learning_rate=0.0, per_device_train_batch_size=MINIBATCH,
         num_generations=GROUP, steps_per_generation=PROMPTS * GROUP // MINIBATCH,
         num_iterations=PASSES, max_completion_length=TOKENS, temperature=1.0, top_k=0, top_p=1.0,
@@ -111,7 +113,8 @@ def trl_run(gspo, run, folder):
 def rollout_speeds(gspo, run, rounds):
     """Completion tokens per second of sample_groups and of model.generate, alternated; medians."""
     rows = run.train_rows[:PROMPTS]
-    ids, mask = gspo.left_pad([row["prompt_ids"] for row in rows], run.tokenizer.pad_token_id, "cpu")
+    prompts = [row["prompt_ids"] for row in rows]
+    ids, mask = gspo.left_pad(prompts, run.tokenizer.pad_token_id, "cpu")
     speeds = {"ours": [], "generate": []}
     for _ in range(rounds + 1):
         began = time.perf_counter()
@@ -120,8 +123,8 @@ def rollout_speeds(gspo, run, rounds):
         began = time.perf_counter()
         with torch.no_grad():
             out = run.policy.generate(
-                input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                max_new_tokens=TOKENS, num_return_sequences=GROUP)[:, ids.shape[1]:]
+                input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
+                top_p=1.0, max_new_tokens=TOKENS, num_return_sequences=GROUP)[:, ids.shape[1]:]
         seconds = time.perf_counter() - began
         ends = torch.isin(out, torch.tensor(gspo.end_ids(run.policy, run.tokenizer)))
         real = (ends.cumsum(1) - ends.long() == 0).sum()  # up to the first end token, included

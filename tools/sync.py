@@ -3,9 +3,9 @@
     python tools/sync.py           # copy the shared parts to the other scripts
     python tools/sync.py --check   # say what differs and exit with status 1
 
-Shared are: everything below the line "The algorithm ends here"; the constants outside the Algorithm group;
-every top-level function or class above the line whose name stands in several scripts, unless it is listed in
-OWN with the reason why scripts differ in it.
+Shared are: everything below the line "The algorithm ends here"; the constants outside the
+Algorithm group; every top-level function or class above the line whose name stands in several
+scripts, unless it is listed in OWN with the reason why scripts differ in it.
 """
 
 import ast
@@ -28,13 +28,14 @@ OWN = {  # name -> why it differs between scripts
     "algorithm_metrics": "what there is to be measured differs",
     "algorithm_panels": "what there is to be drawn differs",
 }
-OWN_EMBEDDED = {"GSPO_EPOCHS", "GRPO_EPOCHS", "DAPO_EPOCHS", "PPO_EPOCHS", "TARGET_KL", "OVERLONG_CACHE",
-                "CRITIC_LEARNING_RATE", "CRITIC_WARMUP"}  # Algorithm constants in EMBEDDED
+OWN_EMBEDDED = {"GSPO_EPOCHS", "GRPO_EPOCHS", "DAPO_EPOCHS", "PPO_EPOCHS", "TARGET_KL",
+                "OVERLONG_CACHE", "CRITIC_LEARNING_RATE", "CRITIC_WARMUP"}  # of the Algorithm group
 
 
 def scripts():
     """The scripts that share with the original."""
-    return [p for p in sorted((ROOT / "RL_HAND").glob("*/*.py")) if p.stem == p.parent.name and p != ORIGINAL]
+    return [path for path in sorted((ROOT / "RL_HAND").glob("*/*.py"))
+            if path.stem == path.parent.name and path != ORIGINAL]
 
 
 def functions(source):
@@ -55,7 +56,7 @@ def shared_blocks(source):
     def between(start, end):
         return source[source.index(start):source.index(end, source.index(start))]
 
-    return [("imports and constants before Algorithm", between("\nimport ast\n", "\n# --- Algorithm")),
+    return [("imports, first constants", between("\nimport ast\n", "\n# --- Algorithm")),
             ("constants after Algorithm", between("\n# --- Evaluation", "\nEMBEDDED = {")),
             ("EMBEDDED", "\n".join(line for line in between("\nEMBEDDED = {", "\n}\n").splitlines()
                                    if not any(f'"{name}"' in line for name in OWN_EMBEDDED))),
@@ -66,8 +67,8 @@ def synchronised(source, original):
     """The script's text with the shared parts of the original."""
     for (what, ours), (_, theirs) in zip(shared_blocks(source), shared_blocks(original)):
         if what == "EMBEDDED":
-            own = [line for line in re.search(r"\nEMBEDDED = \{(.*?)\n\}\n", source, re.S)[1].splitlines()
-                   if any(f'"{name}"' in line for name in OWN_EMBEDDED)]
+            block = re.search(r"\nEMBEDDED = \{(.*?)\n\}\n", source, re.S)[1].splitlines()
+            own = [line for line in block if any(f'"{name}"' in line for name in OWN_EMBEDDED)]
             lines = theirs.strip("\n").splitlines()
             at = next(i for i, line in enumerate(lines) if "EVAL_EVERY" in line)
             block = "\n" + "\n".join(lines[:at] + own + lines[at:])
@@ -93,7 +94,8 @@ def main(arguments):
             where = str(path.relative_to(ROOT))
             print("\n".join(difflib.unified_diff(source.splitlines(), wanted.splitlines(), where,
                                                  "as in gspo.py", lineterm="", n=1)))
-            print(f"\n{where} differs from gspo.py in what they share; repair it with: python tools/sync.py")
+            print(f"\n{where} differs from gspo.py in what they share; repair it with: "
+                  "python tools/sync.py")
         else:
             path.write_text(wanted, encoding="utf-8")
             print(f"rewrote {path.relative_to(ROOT)}")

@@ -3,7 +3,7 @@
     python tools/tables.py           # rewrite what is stale
     python tools/tables.py --check   # exit status 1 if anything is stale
 
-Markers: <!-- constants --> ... <!-- end --> holds the script's constants with both profiles' values.
+Between <!-- constants --> and <!-- end --> stand the script's constants in both profiles.
 """
 
 import ast
@@ -37,7 +37,8 @@ def constants_table(source):
 def refreshed(readme, source):
     """The README's text with its generated parts made anew."""
     return re.sub(r"(<!-- constants -->\n).*?(<!-- end -->)",
-                  lambda found: found[1] + constants_table(source) + "\n" + found[2], readme, flags=re.S)
+                  lambda found: found[1] + constants_table(source) + "\n" + found[2], readme,
+                  flags=re.S)
 
 
 def main(arguments):

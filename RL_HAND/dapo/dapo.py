@@ -1576,7 +1576,7 @@ def show_help():
 
 
 def main(arguments):
-    """`python dapo.py [NAME=VALUE ...]`"""
+    """`python SCRIPT [NAME=VALUE ...]`"""
     if {"-h", "--help"} & set(arguments):
         return show_help()
     run = start(arguments)

@@ -1524,7 +1524,7 @@ def show_help():
 
 
 def main(arguments):
-    """`python grpo.py [NAME=VALUE ...]`"""
+    """`python SCRIPT [NAME=VALUE ...]`"""
     if {"-h", "--help"} & set(arguments):
         return show_help()
     run = start(arguments)

@@ -1528,7 +1528,7 @@ def show_help():
 
 
 def main(arguments):
-    """`python gspo.py [NAME=VALUE ...]`"""
+    """`python SCRIPT [NAME=VALUE ...]`"""
     if {"-h", "--help"} & set(arguments):
         return show_help()
     run = start(arguments)

@@ -1594,7 +1594,7 @@ def show_help():
 
 
 def main(arguments):
-    """`python ppo.py [NAME=VALUE ...]`"""
+    """`python SCRIPT [NAME=VALUE ...]`"""
     if {"-h", "--help"} & set(arguments):
         return show_help()
     run = start(arguments)
