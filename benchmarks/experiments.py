@@ -45,7 +45,7 @@ def import_compare():
 
 
 def jobs_of(name):
-    """An experiment's runs: (script, folder, command line). Equal ones of two experiments are one."""
+    """An experiment's runs: (script, folder, command line). Two experiments may share a run."""
     variants, seeds = EXPERIMENTS[name]
     jobs = []
     for seed in range(seeds):

@@ -41,5 +41,5 @@ def gspo():
 @pytest.fixture
 def embedded(gspo):
     """gspo.py with the embedded profile's constants in force."""
-    gspo.configure(["PROFILE=embedded"])
+    gspo.configure(["PROFILE=embedded", "DEVICE=cpu"])
     return gspo

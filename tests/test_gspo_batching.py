@@ -423,8 +423,8 @@ def started_run(gspo, tmp_path, *arguments):
     reward = tmp_path / "reward.py"
     reward.write_text("def score(questions, responses, references):\n"
                       "    return [sum(map(ord, text)) % 17 / 16 for text in responses]\n")
-    given = {"PROFILE": "embedded", "DEVICE": "cpu", "OUTPUT_DIR": tmp_path / "run", "BATCH_SIZE": 4,
-             "GROUP_SIZE": 4, "MINIBATCH": 16, "GSPO_EPOCHS": 1, "MAX_STEPS": 1,
+    given = {"PROFILE": "embedded", "DEVICE": "cpu", "OUTPUT_DIR": tmp_path / "run",
+             "BATCH_SIZE": 4, "GROUP_SIZE": 4, "MINIBATCH": 16, "GSPO_EPOCHS": 1, "MAX_STEPS": 1,
              "REWARD_WEIGHTS": "{'function': 1.0}", "REWARD_FUNCTION": f"{reward}:score"}
     given |= dict(argument.split("=", 1) for argument in arguments)
     return gspo.start([f"{name}={value}" for name, value in given.items()])

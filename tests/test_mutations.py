@@ -57,8 +57,8 @@ MUTATIONS = {  # name: (text, what takes its place, the test that must fail)
     "advantages over the rollout where the group is asked for": (
         "if USE_GROUP_NORMALIZATION else", "if not USE_GROUP_NORMALIZATION else",
         LOSS + "test_advantages_are_those_of_the_equation"),
-    "the std always divides by n": (
-        "(count - STD_CORRECTION)", "count",
+    "the std always divides by n - 1": (
+        "group_std(groups, STD_CORRECTION)", "group_std(groups)",
         LOSS + "test_advantages_are_those_of_the_equation"),
     "the loss is normalised in each micro-batch": (
         "(token_loss * micro.weights).sum().backward()",
@@ -122,17 +122,17 @@ MUTATIONS = {  # name: (text, what takes its place, the test that must fail)
         "[*configured, tokenizer.eos_token_id]", "[tokenizer.eos_token_id]",
         BATCHING + "test_the_mask_ends_with_the_first_end_token"),
     "log-probs are those of the token before": (
-        "batch.completion_ids[mask]", "batch.completion_ids.roll(1, 1)[mask]",
+        "some.completion_ids[mask]", "some.completion_ids.roll(1, 1)[mask]",
         BATCHING + "test_batched_scores_are_those_of_plain_forward_passes"),
     "padded prompts are attended to": (
-        "torch.cat([prompt_mask, mask", "torch.cat([torch.ones_like(prompt_mask), mask",
+        "torch.cat([seen[of], mask", "torch.cat([torch.ones_like(seen[of]), mask",
         BATCHING + "test_what_is_in_the_padding_never_matters"),
     "positions count padding": (
         "return (mask.cumsum(1) - 1).clamp(min=0)",
         "return torch.arange(mask.shape[1], device=mask.device).expand_as(mask)",
         BATCHING + "test_positions_count_real_tokens"),
     "a completion's positions start at 0": (
-        "place = positions(seen)[:, prompt_mask.shape[1]:]", "place = positions(mask[:, :-1])",
+        "positions(before)[:, seen.shape[1]:]", "positions(mask[:, :-1])",
         BATCHING + "test_batched_scores_are_those_of_plain_forward_passes"),
     "prompts get no gradient": (
         "positions(seen), cache)[:, -1:]", "positions(seen), cache)[:, -1:].detach()",

@@ -197,6 +197,7 @@ def test_values_of_the_metrics(smoke):
         assert value["step_time"] == pytest.approx(sum(value[name] for name in PHASES), rel=1e-6)
         assert all(value[name] > 0 for name in ("time/rollout", "time/update", "time/reward"))
         assert value["sampling_logp_difference"] < 1e-5
+        assert 0.2 < value["peak_memory"] < 1.5  # GB, as the docstring says
     for row in (rows[0], rows[2], rows[3]):
         accuracy, greedy, reward, length = numbers(row, "eval/accuracy", "eval/accuracy_greedy",
                                                    "eval/reward", "eval/mean_length")
@@ -425,7 +426,8 @@ def test_evaluation_does_not_touch_the_training(here):
     for some in rows[1:]:
         for one, other in zip(rows[0], some):
             for name in one:
-                if not name.startswith(("eval/", "time/")) and name != "step_time":
+                if not name.startswith(("eval/", "time/")) and name not in ("step_time",
+                                                                            "peak_memory"):
                     assert one[name] == other[name], (one["step"], name)
     weights = [load_file(out / "step_3" / "model.safetensors") for out in runs]
     for name, value in weights[0].items():

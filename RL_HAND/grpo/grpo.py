@@ -105,7 +105,7 @@ REWARD_WEIGHTS = {"model": 0.5, "verifier": 1.0}  # and "function"; the reward i
 REWARD_SIGMOID = True  # the reward model's score goes through a sigmoid: 0.5 x it < 1 right answer
 REWARD_FUNCTION = ""  # "file.py:name": name(questions, responses, references) -> scores
 USE_SEQUENCE_LEVEL_REWARD = True  # False: each segment is rewarded with what it added
-SEGMENT_END = r"[.\n]\s*$"  # where a segment ends: after a full stop or a line
+SEGMENT_END = r"[.\n]\s*$"  # a segment ends behind a full stop (or decimal point) or a line
 MAX_REWARD_TOKENS = 512  # tokens of a pair, DeBERTa's training length; the longer part is cut
 REWARD_BATCH = 64  # pairs per forward pass of the reward model; changes memory only
 
@@ -677,7 +677,7 @@ def last_number(text):
     ['-1234.50', '5', 'None']
     """
     digits = r"[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?"
-    found = re.findall(rf"(?<![0-9.)])-{digits}|{digits}", text)
+    found = re.findall(rf"(?<![0-9.)])-{digits}|{digits}", text.replace("\N{MINUS SIGN}", "-"))
     return Decimal(found[-1].replace(",", "")) if found else None
 
 
@@ -716,14 +716,18 @@ def checked_scores(name, function, questions, responses, references):
     except Exception as error:  # a user's function may raise anything: its own words are the help
         fail(f"the reward source {name!r} raised {short(error)}; {wanted}")
     try:
-        numbers = [float(score) for score in scores]
-    except (TypeError, ValueError):
+        scores = list(scores)
+    except TypeError:
         fail(f"the reward source {name!r} returned {brief(scores)}; {wanted}")
-    if len(numbers) != len(responses):
-        fail(f"the reward source {name!r} returned {len(numbers)} scores; {wanted}")
-    for response, score in zip(responses, numbers):
-        if not math.isfinite(score):
-            fail(f"the reward source {name!r} returned {score} for {brief(response)}; {wanted}")
+    if len(scores) != len(responses):
+        fail(f"the reward source {name!r} returned {len(scores)} scores; {wanted}")
+    numbers = []
+    for response, score in zip(responses, scores):
+        with suppress(TypeError, ValueError):
+            numbers.append(float(score))
+            if math.isfinite(numbers[-1]):
+                continue
+        fail(f"the reward source {name!r} returned {brief(score)} for {brief(response)}; {wanted}")
     return numbers
 
 
@@ -764,11 +768,12 @@ def segment_rewards(run, rows, batch):
 
 
 def segment_ends(tokenizer, ids):
-    """Where the segments of one completion end (token counts, the last is len(ids)). An end token
-    does not make a segment of its own."""
+    """Where the segments of one completion end (token counts, the last is len(ids)). A segment and
+    what follows it hold text: neither white space nor an end token is a segment of its own."""
     ends, start = [], 0
-    for t in range(1, len(ids) - 1):
-        if re.search(SEGMENT_END, tokenizer.decode(ids[start:t], skip_special_tokens=True)):
+    for t in range(1, len(ids)):
+        text, rest = decode(tokenizer, [ids[start:t], ids[t:]])
+        if text.strip() and rest.strip() and re.search(SEGMENT_END, text):
             ends.append(t)
             start = t
     return [*ends, len(ids)]
@@ -1146,6 +1151,9 @@ def plot_metrics(run):
         axes.set_title(title, fontsize=11)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
+        if "kl" in curves and constants().get("ADAPTIVE_KL"):
+            target = constants()["TARGET_KL"]
+            axes.axhline(target, color="grey", linestyle="--", linewidth=0.9, label="TARGET_KL")
         if any(curves.values()):
             axes.legend(fontsize=8, frameon=False)
     figure.suptitle(f"{run.facts['script']}: {POLICY_MODEL}, seed {SEED}", fontsize=12)
@@ -1317,6 +1325,7 @@ def check_constants():
         re.compile(SEGMENT_END)
     except re.error as error:
         fail(f"SEGMENT_END={SEGMENT_END}: {error}; expected a regular expression")
+    check_algorithm()
     completions = BATCH_SIZE * GROUP_SIZE
     if completions % MINIBATCH:
         fail(f"MINIBATCH={MINIBATCH} does not divide BATCH_SIZE x GROUP_SIZE = {BATCH_SIZE} x "
@@ -1328,7 +1337,6 @@ def check_constants():
     if bool(REWARD_WEIGHTS.get("function")) != bool(REWARD_FUNCTION):
         fail(f"REWARD_FUNCTION={REWARD_FUNCTION!r} with REWARD_WEIGHTS={REWARD_WEIGHTS}: expected "
              "a file and a weight for 'function', or neither")
-    check_algorithm()
 
 
 def check_at_least(**least):
@@ -1527,9 +1535,9 @@ def main(arguments):
     """`python SCRIPT [NAME=VALUE ...]`"""
     if {"-h", "--help"} & set(arguments):
         return show_help()
-    run = start(arguments)
-    began = time.perf_counter()
+    run, began = None, time.perf_counter()
     try:
+        run = start(arguments)
         if run.step == 0:
             before = {"step": 0, "epoch": 0.0, "num_tokens": 0}
             record_evaluation(run, before)
@@ -1538,10 +1546,11 @@ def main(arguments):
         with tqdm(total=run.total_steps, initial=run.step, unit="step", ncols=120) as run.bar:
             train(run)
     except KeyboardInterrupt:
-        plot_metrics(run)
-        saved = [p.parent.name for p in sorted(run.folder.glob("*/trainer_state.json"))]
-        print(f"\nstopped at step {run.step}; to go on, RESUME_FROM one of these in {run.folder}: "
-              f"{', '.join(saved) or 'none was saved yet'}")
+        if run is not None:
+            plot_metrics(run)
+            saved = sorted(run.folder.glob("[!.]*/trainer_state.json"), key=os.path.getmtime)
+            print(f"\nstopped at step {run.step}; to go on, RESUME_FROM one of these in {run.folder}: "
+                  f"{', '.join(file.parent.name for file in saved) or 'none was saved yet'}")
         raise SystemExit(130) from None
     print(f"{run.total_steps} steps, {time.perf_counter() - began:.0f} s. In {run.folder}: "
           "training_metrics.png, metrics.csv, and the checkpoints")
