@@ -481,13 +481,22 @@ def test_ctrl_c(tmp_path):
     rows = read_metrics(out)
     last = int(rows[-1]["step"])
     assert 2 <= last < 1000 and [int(row["step"]) for row in rows] == list(range(last + 1))
-    said = re.search(r"stopped at step (\d+); to go on, RESUME_FROM one of these in (.*): (.*)",
-                     printed)
-    assert (int(said.group(1)), said.group(2)) == (last, str(out))
-    assert set(said.group(3).split(", ")) == checkpoints(out) - {"epoch_0"}
-    assert "step_2" in said.group(3)
+    said = re.search(r"stopped at step (\d+); .*RESUME_FROM.*?: (.*)", printed)
+    assert int(said.group(1)) == last and str(out) in said.group(0)
+    assert set(said.group(2).split(", ")) == checkpoints(out) - {"epoch_0"}
+    assert "step_2" in said.group(2)
     assert (out / "training_metrics.png").read_bytes()[:4] == b"\x89PNG"
     AutoModelForCausalLM.from_pretrained(out / "step_2")
+
+
+def test_ctrl_c_while_models_load(gspo, monkeypatch, capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gspo, "load_pretrained", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        gspo.main([*SMALL, NO_MODEL])
+    assert stop.value.code == 130 and capsys.readouterr() == ("", "")
 
 
 def test_ctrl_c_before_anything_is_saved(gspo, tmp_path, monkeypatch, capsys):

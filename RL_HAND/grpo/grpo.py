@@ -165,7 +165,7 @@ EMBEDDED = {  # for a machine without a GPU: a 0.5 M Qwen3 and a 0.6 M DeBERTa o
     "MICRO_BATCH": 64,
     "GRPO_EPOCHS": 2,
     "TARGET_KL": 0.1,
-    "EVAL_EVERY": 20,
+    "EVAL_EVERY": 10,
     "EVAL_QUESTIONS": 512,
     "EVAL_BATCH": 512,
 }
@@ -1549,7 +1549,7 @@ def main(arguments):
         if run is not None:
             plot_metrics(run)
             saved = sorted(run.folder.glob("[!.]*/trainer_state.json"), key=os.path.getmtime)
-            print(f"\nstopped at step {run.step}; to go on, RESUME_FROM one of these in {run.folder}: "
+            print(f"\nstopped at step {run.step}; RESUME_FROM one of these in {run.folder} goes on: "
                   f"{', '.join(file.parent.name for file in saved) or 'none was saved yet'}")
         raise SystemExit(130) from None
     print(f"{run.total_steps} steps, {time.perf_counter() - began:.0f} s. In {run.folder}: "
