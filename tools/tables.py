@@ -3,10 +3,12 @@
     python tools/tables.py           # rewrite what is stale
     python tools/tables.py --check   # exit status 1 if anything is stale
 
-Between <!-- constants --> and <!-- end --> stand the script's constants in both profiles.
+Between <!-- constants --> and <!-- end --> stand the script's constants in both profiles; between
+<!-- diff NAME --> and <!-- end -->, how the script differs from that one.
 """
 
 import ast
+import difflib
 import re
 import sys
 from pathlib import Path
@@ -34,8 +36,23 @@ def constants_table(source):
     return "\n".join(rows)
 
 
+def difference(source, other):
+    """The diff from `other` to `source`, folded away, as Markdown."""
+    lines = list(difflib.unified_diff(other.splitlines(), source.splitlines(), n=0, lineterm=""))[2:]
+    added = sum(line.startswith("+") for line in lines)
+    removed = sum(line.startswith("-") for line in lines)
+    body = "\n".join(line for line in lines if not line.startswith("@@"))
+    return (f"<details><summary>{added} lines added, {removed} removed</summary>\n\n"
+            f"```diff\n{body}\n```\n\n</details>")
+
+
 def refreshed(readme, source):
     """The README's text with its generated parts made anew."""
+    def diff(found):
+        other = ROOT / "RL_HAND" / found[2] / f"{found[2]}.py"
+        return found[1] + difference(source, other.read_text(encoding="utf-8")) + "\n" + found[3]
+
+    readme = re.sub(r"(<!-- diff (\w+) -->\n).*?(<!-- end -->)", diff, readme, flags=re.S)
     return re.sub(r"(<!-- constants -->\n).*?(<!-- end -->)",
                   lambda found: found[1] + constants_table(source) + "\n" + found[2], readme,
                   flags=re.S)

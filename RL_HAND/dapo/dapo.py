@@ -26,7 +26,7 @@ GRPO with five changes. What this script minimises is Eq. 8 with the sign of a l
 Simplified on purpose: one process, one device, no sampling while training.
 
     python RL_HAND/dapo/dapo.py                                # small models where there is no GPU
-    python RL_HAND/dapo/dapo.py CLIP_RANGE=0.2 SEED=1          # any constant below can be set so
+    python RL_HAND/dapo/dapo.py LEARNING_RATE=5e-5 SEED=1     # any constant below can be set so
     python RL_HAND/dapo/dapo.py RESUME_FROM=runs/dapo/epoch_1  # go on exactly from that checkpoint
     python RL_HAND/dapo/dapo.py --help
 

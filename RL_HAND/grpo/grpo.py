@@ -29,7 +29,7 @@ range is wide (0.2), each token is cut by itself, and few are.
 Simplified on purpose: one process, one device, no sampling while training.
 
     python RL_HAND/grpo/grpo.py                                # small models where there is no GPU
-    python RL_HAND/grpo/grpo.py CLIP_RANGE=0.2 SEED=1          # any constant below can be set so
+    python RL_HAND/grpo/grpo.py LEARNING_RATE=5e-5 SEED=1     # any constant below can be set so
     python RL_HAND/grpo/grpo.py RESUME_FROM=runs/grpo/epoch_1  # go on exactly from that checkpoint
     python RL_HAND/grpo/grpo.py --help
 

@@ -29,7 +29,7 @@ as a whole; the range is therefore narrow (0.0003, not 0.2), and it cuts far mor
 Simplified on purpose: one process, one device, no sampling while training.
 
     python RL_HAND/gspo/gspo.py                                # small models where there is no GPU
-    python RL_HAND/gspo/gspo.py CLIP_RANGE=0.2 SEED=1          # any constant below can be set so
+    python RL_HAND/gspo/gspo.py LEARNING_RATE=5e-5 SEED=1     # any constant below can be set so
     python RL_HAND/gspo/gspo.py RESUME_FROM=runs/gspo/epoch_1  # go on exactly from that checkpoint
     python RL_HAND/gspo/gspo.py --help
 

@@ -29,7 +29,7 @@ nothing is compared inside a group: GROUP_SIZE=1 will do.
 Simplified on purpose: one process, one device, no sampling while training.
 
     python RL_HAND/ppo/ppo.py                                # small models where there is no GPU
-    python RL_HAND/ppo/ppo.py CLIP_RANGE=0.2 SEED=1          # any constant below can be set so
+    python RL_HAND/ppo/ppo.py LEARNING_RATE=5e-5 SEED=1     # any constant below can be set so
     python RL_HAND/ppo/ppo.py RESUME_FROM=runs/ppo/epoch_1  # go on exactly from that checkpoint
     python RL_HAND/ppo/ppo.py --help
 
