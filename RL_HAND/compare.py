@@ -329,8 +329,9 @@ def main(arguments):
     summary = summarise(table, options["TARGET"])
     draw(table, output / "comparison.png")
     summary.to_csv(output / "comparison.csv", index=False)
-    text = "\n- ".join([f"{markdown(summary)}\n\nFinal sampled accuracy, differences:\n",
-                        *noise(table)])
+    text = markdown(summary)
+    if differences := noise(table):
+        text += "\n\nFinal sampled accuracy, differences:\n\n- " + "\n- ".join(differences)
     (output / "comparison.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\nin {output}: comparison.png, comparison.md, comparison.csv")
     for failure in failures:

@@ -141,7 +141,7 @@ def main(chosen):
         else:
             draw(compare, table, PANELS.get(name, [("KL to the start", "kl", False)]), file)
         print(compare.markdown(compare.summarise(table, 0.8)), details(compare, table),
-              "- " + "\n- ".join(compare.noise(table)), sep="\n\n", flush=True)
+              "\n".join(f"- {line}" for line in compare.noise(table)), sep="\n\n", flush=True)
     print("\n".join(failures))
     return bool(failures)
 
