@@ -58,6 +58,8 @@ def parse(arguments):
                 options[name] = type(options[name])(value)
             except ValueError:
                 fail(f"{argument}: expected a {type(options[name]).__name__}")
+        elif name in ("SEED", "OUTPUT_DIR"):
+            fail(f"{argument}: compare.py sets it; expected SEEDS=<number> or OUTPUT=<folder>")
         else:
             constants.append(argument)
     known = sorted(p.parent.name for p in HERE.glob("*/*.py") if p.stem == p.parent.name)
@@ -66,10 +68,12 @@ def parse(arguments):
             fail(f"{name!r} is no script; expected some of {', '.join(known)}")
     if bool(names) == bool(folders):
         fail(f"expected scripts ({', '.join(known)}) or --runs FOLDER ...; see compare.py --help")
+    if folders and constants:
+        fail(f"{constants[0]}: runs that exist keep their constants; expected none behind --runs")
     if options["SEEDS"] < 1 or options["WORKERS"] < 0:
         fail("expected SEEDS=1 or more and WORKERS=0 or more")
     options["OUTPUT"] = Path(options["OUTPUT"]).absolute()
-    return options, names, folders, constants
+    return options, list(dict.fromkeys(names)), folders, constants
 
 
 # ============================================ Running ===========================================
@@ -77,8 +81,8 @@ def parse(arguments):
 
 def constants_of(folder):
     """What a run's folder says of the run, or None: constants.json of its first checkpoint."""
-    file = folder / "epoch_0" / "constants.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    files = sorted(folder.glob("[!.]*/constants.json"), key=os.path.getmtime)
+    return json.loads(files[0].read_text()) if files else None
 
 
 def steps_done(folder):
@@ -161,7 +165,8 @@ def run_all(options, jobs):
 
 def label_of(facts):
     """What a run is called: its script, and what was set on its command line but for the seed."""
-    settings = [a for a in facts["command"][1:] if a.split("=")[0] not in ("SEED", "OUTPUT_DIR")]
+    unsaid = ("SEED", "OUTPUT_DIR", "RESUME_FROM")
+    settings = [a for a in facts["command"][1:] if a.split("=")[0] not in unsaid]
     return " ".join([facts["script"], *settings])
 
 
@@ -169,7 +174,7 @@ def read_run(folder):
     """A run's metrics as a table with columns `algorithm`, `folder`, `seconds` (of training)."""
     facts = constants_of(folder)
     if facts is None or not (folder / "metrics.csv").exists():
-        fail(f"{folder} is no run folder; expected one with metrics.csv and epoch_0/constants.json")
+        fail(f"{folder} is no run folder; expected one with metrics.csv and a checkpoint")
     table = pd.read_csv(folder / "metrics.csv")
     return table.assign(algorithm=label_of(facts), folder=str(folder),
                         seconds=table["step_time"].fillna(0).cumsum())
@@ -247,7 +252,7 @@ def noise(table):
                 lines.append(f"{a} - {b}: {gap:+.3f}, one seed only: no error known")
                 continue
             error = math.sqrt(final[a].var() / len(final[a]) + final[b].var() / len(final[b]))
-            verdict = "within noise" if abs(gap) < 2 * error else "more than noise"
+            verdict = "within noise" if abs(gap) <= 2 * error else "more than noise"
             lines.append(f"{a} - {b}: {gap:+.3f} ± {error:.3f}, {verdict}")
     return lines
 
@@ -293,7 +298,7 @@ def curves(axes, table, x, metric):
     """Draw one metric of every algorithm over x, averaged over seeds on a common grid."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    for algorithm, runs in table.groupby("algorithm", sort=False):
+    for i, (algorithm, runs) in enumerate(table.groupby("algorithm", sort=False)):
         runs = [run.dropna(subset=[metric]) for _, run in runs.groupby("folder")] \
             if metric in table else []
         runs = [run for run in runs if len(run) > 1]
@@ -305,7 +310,7 @@ def curves(axes, table, x, metric):
         first, last = max(run[x].iloc[0] for run in runs), min(run[x].iloc[-1] for run in runs)
         grid = np.linspace(first, last, 100)
         values = np.stack([np.interp(grid, run[x], run[metric]) for run in runs])
-        colour = COLOURS.get(algorithm)
+        colour = COLOURS.get(algorithm, f"C{i}")
         line, = axes.plot(grid, values.mean(0), color=colour, linewidth=2,
                           label=f"{algorithm} ({len(runs)} runs)")
         axes.fill_between(grid, values.min(0), values.max(0), color=line.get_color(), alpha=0.15,

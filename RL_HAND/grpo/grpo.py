@@ -615,8 +615,9 @@ def optimiser_step(run, name, meter, frozen=False):
     if frozen:
         return optimizer.zero_grad()
     run.updates += name == "policy"
+    done = 1 + int(next(iter(optimizer.state.values()), {"step": 0})["step"])  # this step included
     group = optimizer.param_groups[0]
-    group["lr"] = group["initial_lr"] * min(1.0, run.updates / max(1, WARMUP_STEPS))
+    group["lr"] = group["initial_lr"] * min(1.0, done / max(1, WARMUP_STEPS))
     optimizer.step()
     optimizer.zero_grad()
     meter.learning_rate = group["lr"]

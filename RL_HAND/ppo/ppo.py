@@ -333,6 +333,8 @@ def compute_advantages(rewards, values, mask):
 def whiten(advantages, mask):
     """Advantages with mean 0 and std 1 over the real tokens of the rollout, 0 in padding."""
     real = advantages[mask.bool()]
+    if without_spread(real[None]):  # float noise, which the std would blow up
+        return torch.zeros_like(advantages)
     return (advantages - real.mean()) / (real.std(correction=0) + 1e-8) * mask
 
 
@@ -685,8 +687,9 @@ def optimiser_step(run, name, meter, frozen=False):
     if frozen:
         return optimizer.zero_grad()
     run.updates += name == "policy"
+    done = 1 + int(next(iter(optimizer.state.values()), {"step": 0})["step"])  # this step included
     group = optimizer.param_groups[0]
-    group["lr"] = group["initial_lr"] * min(1.0, run.updates / max(1, WARMUP_STEPS))
+    group["lr"] = group["initial_lr"] * min(1.0, done / max(1, WARMUP_STEPS))
     optimizer.step()
     optimizer.zero_grad()
     meter.learning_rate = group["lr"]
