@@ -180,12 +180,12 @@ def read_run(folder):
                         seconds=table["step_time"].fillna(0).cumsum())
 
 
-def mean_and_error(values):
+def mean_and_error(values, digits=3):
     """'0.912 ± 0.004' of a list: the mean and its standard error, if there are several."""
     values = [v for v in values if v is not None and not math.isnan(v)]
     if not values:
         return "-"
-    digits = 3 if abs(np.mean(values)) < 10 else 0
+    digits = digits if abs(np.mean(values)) < 10 else 0
     text = f"{np.mean(values):,.{digits}f}"
     if len(values) > 1:
         text += f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):,.{digits}f}"

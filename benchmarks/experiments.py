@@ -101,18 +101,19 @@ def details(compare, table):
         trained = [run[run.step > 0] for run in runs]
         start, end = [t.head(20) for t in trained], [t.tail(20) for t in trained]
 
-        def over(pieces, metric, how="mean"):
+        def over(pieces, metric, how="mean", digits=3):
             values = [float(getattr(piece[metric].dropna(), how)()) for piece in pieces]
-            return compare.mean_and_error(values)
+            return compare.mean_and_error(values, digits)
 
         rows.append({
             "run": label, "best sampled": over(runs, "eval/accuracy", "max"),
-            "tokens cut, first 20 steps": over(start, "clip_ratio/region_mean"),
-            "tokens cut, last 20": over(end, "clip_ratio/region_mean"),
+            "tokens cut, first 20 steps": over(start, "clip_ratio/region_mean", digits=5),
+            "tokens cut, last 20": over(end, "clip_ratio/region_mean", digits=5),
             "KL, last 20": over(end, "kl") if "kl" in table else "-",
             "length, last 20": over(end, "completions/mean_length"),
             "reward model, first 20": over(start, "rewards/model"),
             "reward model, last 20": over(end, "rewards/model"),
+            "entropy, last 20": over(end, "entropy"),
             "groups without spread, last 20": over(end, "frac_reward_zero_std"),
         })
     return compare.markdown(pd.DataFrame(rows))

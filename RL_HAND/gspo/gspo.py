@@ -1554,7 +1554,7 @@ def main(arguments):
         if run is not None:
             plot_metrics(run)
             saved = sorted(run.folder.glob("[!.]*/trainer_state.json"), key=os.path.getmtime)
-            print(f"\nstopped at step {run.step}; RESUME_FROM one of these in {run.folder} goes on: "
+            print(f"\nstopped at step {run.step}; RESUME_FROM goes on from one of {run.folder}'s: "
                   f"{', '.join(file.parent.name for file in saved) or 'none was saved yet'}")
         raise SystemExit(130) from None
     print(f"{run.total_steps} steps, {time.perf_counter() - began:.0f} s. In {run.folder}: "
