@@ -82,7 +82,7 @@ def read_problem(question):
 
 # ---- Questions ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, held_out, rows", [("train", False, 4096), ("heldout", True, 512)])
+@pytest.mark.parametrize("name, held_out, rows", [("train", False, 800), ("heldout", True, 512)])
 def test_questions(tables, name, held_out, rows):
     table = tables[name]
     assert list(table.columns) == ["question", "answer"]
