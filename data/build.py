@@ -1,7 +1,7 @@
 """Make everything in data/ from one seed: questions, tokenizers, policy, reward model, report.
 
     python data/build.py                        # all of it
-    python data/build.py --quick --out /tmp/x   # a useless miniature of it, for the tests
+    python data/build.py --quick --out quick    # a useless miniature of it, for the tests
     python data/build.py --stage policy         # one stage again, from what the others left
 
 The task is school arithmetic, with the columns written down before the answer:
