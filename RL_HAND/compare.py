@@ -310,7 +310,7 @@ def curves(axes, table, x, metric):
         first, last = max(run[x].iloc[0] for run in runs), min(run[x].iloc[-1] for run in runs)
         grid = np.linspace(first, last, 100)
         values = np.stack([np.interp(grid, run[x], run[metric]) for run in runs])
-        colour = COLOURS.get(algorithm, f"C{i}")
+        colour = COLOURS.get(algorithm, f"C{i + 4}")
         line, = axes.plot(grid, values.mean(0), color=colour, linewidth=2,
                           label=f"{algorithm} ({len(runs)} runs)")
         axes.fill_between(grid, values.min(0), values.max(0), color=line.get_color(), alpha=0.15,

@@ -552,7 +552,8 @@ def build_policy(out, work, sizes, rng):
 
 def build_samples(out, work, sizes, rng):
     policy, tokenizer = load(AutoModelForCausalLM, out / "policy")
-    table = pd.read_parquet(out / "train.parquet").head(sizes["sampled_questions"])
+    # More questions than train.parquet has: the reward model needs them. Held-out pairs stay out.
+    table = make_table(sizes["sampled_questions"], random.Random(f"{SEED} questions"), False)
     samples = answer_questions(policy, tokenizer, table, sizes["samples"], "samples")
     samples = samples.sample(frac=1, random_state=SEED, ignore_index=True)
     samples.to_parquet(work / "policy_answers.parquet")
@@ -579,7 +580,7 @@ STAGES = {  # name -> (function, files of earlier stages that it needs)
     "questions": (build_questions, ()),
     "tokenizer": (build_tokenizer, ()),
     "policy": (build_policy, ("policy/tokenizer.json",)),
-    "samples": (build_samples, ("train.parquet", "policy/model.safetensors")),
+    "samples": (build_samples, ("policy/model.safetensors",)),
     "reward_model": (build_reward_model, ("policy_answers.parquet", "reward_model/tokenizer.json")),
     "report": (build_report, ("heldout.parquet", "policy/model.safetensors",
                               "reward_model/model.safetensors")),

@@ -95,7 +95,7 @@ def parquet(path, questions, answers):
 ], ids=["before anything runs", "in the middle of a run"])
 def test_the_shell_sees_one_line_and_status_1(tmp_path, arguments, says):
     out = tmp_path / "run"
-    done = run_script(*SMALL, f"OUTPUT_DIR={out}", *arguments, timeout=120)
+    done = run_script(*SMALL, f"OUTPUT_DIR={out}", *arguments)
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
     lines = lines_of(done.stderr)
