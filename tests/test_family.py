@@ -36,9 +36,16 @@ def fresh(name):
 
 
 def functions(source):
-    """Top-level functions and classes: name -> source text."""
-    return {node.name: ast.get_source_segment(source, node) for node in ast.parse(source).body
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    """Top-level functions and classes: name -> source text, decorators included."""
+    found, lines = {}, source.splitlines()
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            found[node.name] = "\n".join(lines[first - 1:node.end_lineno])
+    return found
+
+
+FUNCTIONS = {name: functions(source) for name, source in SOURCES.items()}
 
 
 def constants(source):
@@ -67,10 +74,10 @@ def test_the_tool_finds_nothing_to_repair(capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("one, other", combinations(NAMES, 2))
+@pytest.mark.parametrize("one, other", list(combinations(NAMES, 2)))
 def test_the_same_name_is_the_same_function(one, other):
     """Of any two scripts, not only of each and the original; but for the list with its reasons."""
-    ours, theirs = functions(SOURCES[one]), functions(SOURCES[other])
+    ours, theirs = FUNCTIONS[one], FUNCTIONS[other]
     shared = ours.keys() & theirs.keys()
     assert len(shared) > 80
     assert [name for name in shared if ours[name] != theirs[name] and name not in SYNC.OWN] == []
@@ -78,9 +85,8 @@ def test_the_same_name_is_the_same_function(one, other):
 
 def test_no_exception_is_stale():
     """Each name on the tool's list differs somewhere, and says why; train is one of them."""
-    everywhere = {name: functions(source) for name, source in SOURCES.items()}
     for name, reason in SYNC.OWN.items():
-        texts = {found[name] for found in everywhere.values() if name in found}
+        texts = {found[name] for found in FUNCTIONS.values() if name in found}
         assert len(texts) > 1, f"{name} is the same in all scripts"
         assert len(reason) > 10
     assert "train" in SYNC.OWN and len(SYNC.OWN) < 12
@@ -236,11 +242,17 @@ def test_a_stale_table_is_found_and_made_anew(name):
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_own_metrics_are_explained(name):
-    """Each has its row in the README beside the script; the panels of the plot draw what exists."""
-    module = fresh(name)
-    text = (FOLDER / name / "README.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `([^`]+)` \| (.+?) \|$", text, re.M))
+    """Each has its row in the README beside the script, or in that of gspo.py if it has the metric
+    too; those that a script calls alike and means otherwise are in its own. The panels of the plot
+    draw what exists."""
+    module, rows = fresh(name), {}
+    for folder in ("gspo", name):
+        text = (FOLDER / folder / "README.md").read_text(encoding="utf-8")
+        found = dict(re.findall(r"^\| `([^`]+)` \| (.+?) \|$", text, re.M))
+        rows |= found
     assert [metric for metric in module.algorithm_metrics() if len(rows.get(metric, "")) < 4] == []
+    assert {"dapo": "dynamic/rounds", "ppo": "kl"}.get(name, "kl_coef") in (
+        rows if name == "grpo" else found)
     names = module.metric_names()
     assert len(set(names)) == len(names)
     drawn = {metric for _, curves in module.algorithm_panels() for metric in curves}
@@ -259,7 +271,7 @@ def test_help(name, capsys):
     assert printed.startswith(module.__doc__)
     assert f"python RL_HAND/{name}/{name}.py --help" in printed
     for constant in module.constants():
-        assert re.search(rf"^{constant} = .*\S  # \w|^{constant} = \[  # ", printed, re.M), constant
+        assert re.search(rf"^{constant} = .*\S  # \S", printed, re.M), constant
     assert "\nEMBEDDED = {" in printed and "def train" not in printed
 
 
@@ -275,7 +287,7 @@ GROUPS = [("ADVANTAGE_TYPE=mean", ["ADVANTAGE_TYPE=mean", "relative or normalize
           ("STD_CORRECTION=-1", ["STD_CORRECTION", "0 or more"])]
 REFUSALS = {
     "grpo": [*SHARED_REFUSALS, *GROUPS, ("GRPO_EPOCHS=0", ["GRPO_EPOCHS=0", "1 or more"]),
-             ("AGGREGATION=mean", ["AGGREGATION=mean", "seq-mean-token-mean, token-mean or dr-grpo"]),
+             ("AGGREGATION=mean", ["AGGREGATION=mean", "seq-mean-token-mean, token-mean or dr-"]),
              ("KL_COEF=-0.1", ["KL_COEF=-0.1", "0 or more"]),
              ("TARGET_KL=-0.1", ["TARGET_KL=-0.1", "0 or more"]),
              ("USE_TOKEN_LEVEL_LOSS=True", ["USE_TOKEN_LEVEL_LOSS", "NAME=VALUE"])],
@@ -303,7 +315,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_constants_that_cannot_work(name, tmp_path, capsys):
-    """One line that names the constant and what is expected, status 1, nothing loaded or written."""
+    """One line that names the constant and what is expected; nothing is loaded or written."""
     module = fresh(name)
     module.load_pretrained = None  # calling it would be a TypeError
     as_in_the_file = module.constants()
@@ -318,6 +330,16 @@ def test_constants_that_cannot_work(name, tmp_path, capsys):
             assert words in line, f"{words!r} is not in {line!r}"
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_clip_range_is_a_number_or_a_pair(name):
+    """Whichever of the two the script ships with."""
+    module = fresh(name)
+    for text, expected in (("0.3", (0.3, 0.3)), ("(0.1, 0.3)", (0.1, 0.3)),
+                           ("[0.1, 0.3]", (0.1, 0.3))):
+        module.configure(["PROFILE=embedded", "DEVICE=cpu", f"CLIP_RANGE={text}"])
+        assert module.clip_range() == expected
 
 
 def test_ppo_needs_no_groups():

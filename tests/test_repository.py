@@ -539,7 +539,7 @@ def test_embedded_data_loads_from_anywhere(embedded, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train = embedded.load_rows(embedded.train_datasets, "train_datasets")
     held_out = embedded.load_rows(embedded.eval_datasets, "eval_datasets")
-    assert len(train) >= 1000 and len(held_out) >= 256
+    assert len(train) >= 10 * embedded.BATCH_SIZE and len(held_out) >= 256
     assert not {row["question"] for row in train} & {row["question"] for row in held_out}
     assert all(embedded.last_number(row["answer"]) is not None for row in train + held_out)
 

@@ -10,13 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, SCRIPT, import_file, run_script
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoTokenizer)
 
 SMALL = ["PROFILE=embedded", "DEVICE=cpu", "BATCH_SIZE=2", "GROUP_SIZE=4", "MINIBATCH=4",
          "MICRO_BATCH=4", "EVAL_QUESTIONS=4", "SHOW_SAMPLES=1"]
@@ -117,14 +119,43 @@ def test_start_up_block(smoke):
 
 
 def test_reward_model_check(smoke):
-    """The reward model is shown a right and a wrong answer, and likes the right one better."""
-    found = re.search(r"  check +the reward model scores '(.*)' ([0-9.]+) and '(.*)' ([0-9.]+)\n",
-                      smoke[0].stdout)
-    right, good, wrong, bad = found.groups()
+    """The start-up block shows the judge's own scores of a right and a wrong answer, and says so
+    if the wrong one is not lower: which this judge prefers is not for the test to decide."""
+    found = re.search(r"  check +the reward model scores '(.*)' ([0-9.]+) and '(.*)' ([0-9.]+)"
+                      r"(: the wrong one is not lower, do not trust it alone)?\n", smoke[0].stdout)
+    right, good, wrong, bad, warning = found.groups()
+    row = pd.read_parquet(ROOT / "data" / "train.parquet").iloc[0]
+    assert row.answer.endswith(right)
     gspo = import_file(SCRIPT)
-    assert gspo.last_number(right) != gspo.last_number(wrong)
-    assert right.rsplit(" ", 1)[0][-10:] == wrong.rsplit(" ", 1)[0][-10:]  # nothing else differs
-    assert 0 <= float(bad) < float(good) <= 1
+    assert gspo.last_number(right) == gspo.last_number(row.answer) != gspo.last_number(wrong)
+    head = len(right) - len(right.rsplit(" ", 1)[1])
+    assert wrong[-len(right):][:head] == right[:head]  # nothing but the number differs
+    folder = ROOT / "data" / "reward_model"
+    judge = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    answers = [row.answer, row.answer[:-len(right)] + wrong]
+    pairs = AutoTokenizer.from_pretrained(folder)([row.question] * 2, answers, padding=True,
+                                                  return_tensors="pt")
+    with torch.no_grad():
+        scores = judge(**pairs).logits[:, 0].sigmoid().tolist()
+    assert [good, bad] == [f"{score:.2f}" for score in scores]
+    assert (warning is None) == (scores[0] > scores[1])
+
+
+@pytest.mark.parametrize("good, bad, trusted", [(0.9, 0.2, True), (0.2, 0.9, False),
+                                                (0.5, 0.5, False)])
+def test_reward_model_check_warns(gspo, good, bad, trusted):
+    seen = []
+
+    def judge(questions, responses, references):
+        seen.extend(responses)
+        return [good, bad]
+
+    run = SimpleNamespace(train_rows=[{"question": "1+1?", "answer": "1+1=2. Answer: 2"}],
+                          scorers={"model": judge})
+    said = gspo.check_reward_model(run)
+    assert seen == ["1+1=2. Answer: 2", "1+1=2. Answer: 3"]
+    assert f"{good:.2f}" in said and f"{bad:.2f}" in said
+    assert ("do not trust it alone" not in said) == trusted
 
 
 def test_what_is_printed(smoke):
