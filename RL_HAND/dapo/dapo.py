@@ -1315,9 +1315,10 @@ def parse_override(argument):
     kind, number = type(default), is_number(value)
     if kind is float and number or kind is int and number and value == int(value):  # 1e3 for 1000
         value = kind(value)
-    elif kind is tuple and isinstance(value, list):
+    elif isinstance(value, list) and (kind is tuple or name == "CLIP_RANGE"):
         value = tuple(value)
-    if type(value) is kind and (number or kind is not float) or name == "CLIP_RANGE" and number:
+    if (type(value) is kind and (number or kind is not float) or
+            name == "CLIP_RANGE" and (number or type(value) is tuple)):
         return name, value
     fail(f"{name}={text}: found {type(value).__name__}; expected {kind.__name__}, as {default!r}")
 
