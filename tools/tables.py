@@ -38,7 +38,8 @@ def constants_table(source):
 
 def difference(source, other):
     """The diff from `other` to `source`, folded away, as Markdown."""
-    lines = list(difflib.unified_diff(other.splitlines(), source.splitlines(), n=0, lineterm=""))[2:]
+    lines = difflib.unified_diff(other.splitlines(), source.splitlines(), n=0, lineterm="")
+    lines = list(lines)[2:]
     added = sum(line.startswith("+") for line in lines)
     removed = sum(line.startswith("-") for line in lines)
     body = "\n".join(line for line in lines if not line.startswith("@@"))
