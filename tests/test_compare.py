@@ -9,6 +9,7 @@ import math
 import os
 import struct
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -210,9 +211,10 @@ with (here.parents[1] / "started").open("a") as file:
 given = dict(argument.split("=", 1) for argument in sys.argv[1:])
 out = Path(given["OUTPUT_DIR"])
 assert not out.exists()
-(out / "epoch_0").mkdir(parents=True)
+(out / ".epoch_0").mkdir(parents=True)
 facts = {{"script": here.stem, "command": sys.argv, "steps": 2}}
-(out / "epoch_0" / "constants.json").write_text(json.dumps(facts))
+(out / ".epoch_0" / "constants.json").write_text(json.dumps(facts))
+(out / ".epoch_0").rename(out / "epoch_0")
 rows = [",".join({COLUMNS!r})]
 for step in range(3):
     rows.append(",".join(map(str, [step, *[0.5] * 12, 0.25 + step / 10, 0.75])))
@@ -234,7 +236,7 @@ def stand_ins(compare, tmp_path, monkeypatch):
     (scripts / "bad_breaks").touch()
     monkeypatch.setattr(compare, "HERE", scripts)
     monkeypatch.setattr(compare, "draw", lambda table, file: file.touch())
-    monkeypatch.setattr(compare.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(compare, "time", SimpleNamespace(sleep=lambda seconds: time.sleep(0.05)))
 
     def starts():
         lines = (scripts / "started").read_text().splitlines()
@@ -342,7 +344,8 @@ def test_steps_to_an_accuracy(compare, target, expected):
 @pytest.mark.parametrize("values, expected", [
     ([0.5, 0.7], "0.600 ± 0.100"), ([0.5], "0.500"), ([], "-"), ([math.nan], "-"), ([None], "-"),
     ([0.5, math.nan, 0.7], "0.600 ± 0.100"), ([1000.0, 3000.0], "2,000 ± 1,000"),
-    ([1.0, 2.0, 3.0], "2.000 ± 0.577"), ([1234567.0], "1,234,567"), ([0.0, 0.0], "0.000 ± 0.000")])
+    ([1.0, 2.0, 3.0], "2.000 ± 0.577"), ([1234567.0], "1,234,567"),
+    ([0.0, 0.0], "0.000 ± 0.000")])
 def test_mean_and_standard_error(compare, values, expected):
     """std / sqrt(n), the std by n - 1; large numbers without decimals."""
     assert compare.mean_and_error(values) == expected
@@ -458,7 +461,8 @@ def test_an_algorithm_has_one_colour_in_all_panels(compare, labels):
 def test_the_figure(compare, tmp_path, monkeypatch):
     """Accuracy against steps, tokens and seconds; five panels below; each with the curves of all
     that have the metric, and one legend."""
-    table = pd.concat([made_up("gspo", "a", [0.2, 0.6]), made_up("dapo", "b", [0.3, 0.7], kl=False)])
+    table = pd.concat([made_up("gspo", "a", [0.2, 0.6]),
+                       made_up("dapo", "b", [0.3, 0.7], kl=False)])
     kept = []
     monkeypatch.setattr(compare.Figure, "savefig", lambda figure, file, dpi: kept.append(figure))
     compare.draw(table, tmp_path / "figure.png")
