@@ -134,7 +134,7 @@ NO_END_PENALTY = 0.0  # taken off the score of an answer that MAX_NEW_TOKENS cut
 CRITIC_LEARNING_RATE = 1e-5  # AdamW's, for the critic
 CRITIC_WARMUP = 0  # rollouts in which only the critic learns
 VALUE_CLIP = 0.2  # how far a value may move from the old one before its gradient is cut; 0: free
-TARGET_APPROX_KL = 0.0  # stop a rollout's passes when the policy has moved this far; 0: never
+TARGET_APPROX_KL = 0.0  # end a rollout's passes when approx_kl, their mean, exceeds it; 0: never
 ENTROPY_COEF = 0.0  # weight of the entropy bonus
 
 # --- Evaluation
