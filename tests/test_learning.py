@@ -1,19 +1,21 @@
 """The embedded default learns: the whole of it, on held-out questions, and not by itself.
 
-Measured over 3 seeds, gain of 15 steps on 256 held-out questions, rewarded as by default and with
-the same rewards shuffled:
+Measured on the shipped data: gain of 15 steps on 256 held-out questions, rewarded as by default
+(seeds 0 to 2) and with rewards of the same kind, shuffled (seeds 0 to 7):
 
-    sampled   +0.38 +0.37 +0.39    shuffled  -0.01 +0.02 -0.01
-    greedy    +0.44 +0.42 +0.43    shuffled  -0.07 -0.01  0.00
+    sampled   +0.37 +0.41 +0.40    shuffled  +0.03 -0.01 -0.03 -0.04 -0.02 +0.07 +0.01  0.00
+    greedy    +0.45 +0.45 +0.45    shuffled  +0.18 +0.02 +0.07 +0.05 +0.01 +0.10 +0.03  0.00
 
-The margin is about half of the smallest gain, and 5 standard errors of an accuracy's difference.
+Each bar stands between the two. That of the greedy accuracy is higher, because it moves more by
+itself: a small drift of the policy turns many answers at once, and half of the gain, 0.22, would
+be too near to what shuffled rewards can reach.
 """
 
 import pandas as pd
 import pytest
 from conftest import SCRIPT, import_file
 
-MARGIN = 0.20
+SAMPLED, GREEDY = 0.20, 0.30  # the bars
 SHORT = ["PROFILE=embedded", "DEVICE=cpu", "MAX_STEPS=15", "EVAL_EVERY=0", "EVAL_QUESTIONS=256",
          "SHOW_SAMPLES=1"]
 
@@ -40,6 +42,11 @@ def gains(folder, *arguments):
     return *(table.loc[15, names] - table.loc[0, names]), table
 
 
+def late_minus_early(table):
+    """Accuracy on the training questions in steps 11 to 15, less that in steps 1 to 4."""
+    return table.accuracy.loc[11:].mean() - table.accuracy.loc[1:4].mean()
+
+
 @pytest.fixture(autouse=True)
 def one_thread(gspo):
     """The fixture gspo sets it."""
@@ -47,10 +54,10 @@ def one_thread(gspo):
 
 def test_the_default_learns(tmp_path):
     sampled, greedy, reward, table = gains(tmp_path / "run")
-    assert sampled >= MARGIN and greedy >= MARGIN, f"sampled {sampled:+.3f}, greedy {greedy:+.3f}"
-    assert reward >= MARGIN
-    # The training rewards say the same as the held-out questions.
-    assert table.accuracy[11:].mean() - table.accuracy[:5].mean() > MARGIN / 2
+    assert sampled >= SAMPLED and greedy >= GREEDY, f"sampled {sampled:+.3f}, greedy {greedy:+.3f}"
+    assert reward >= SAMPLED
+    # The answers to the training questions say the same: +0.26 or more, shuffled at most +0.04.
+    assert late_minus_early(table) > 0.12
     assert table.entropy[11:].mean() > 0.02, "it collapsed"
 
 
@@ -60,7 +67,8 @@ def test_shuffled_rewards_teach_nothing(tmp_path):
     sampled, greedy, _, table = gains(
         tmp_path / "run", f"REWARD_FUNCTION={tmp_path / 'shuffled.py'}:score",
         "REWARD_WEIGHTS={'function': 1.5}")
-    assert sampled < MARGIN and greedy < MARGIN, f"sampled {sampled:+.3f}, greedy {greedy:+.3f}"
+    assert sampled < SAMPLED and greedy < GREEDY, f"sampled {sampled:+.3f}, greedy {greedy:+.3f}"
+    assert late_minus_early(table) < 0.12
     # It did try: there were rewards, advantages, and updates.
     assert table["rewards/function"][1:].mean() > 0.1
     assert table["advantage/std"][1:].min() > 0.1 and table["grad_norm"][1:].min() > 0
