@@ -42,7 +42,8 @@ def import_gspo():
 def our_run(gspo, folder):
     """A Run of gspo.py with the benchmark's settings and no evaluation, checkpoint or plot."""
     run = gspo.start([
-        "PROFILE=embedded", "REWARD_WEIGHTS={'verifier': 1.0}", "KL_COEF=0", "LEARNING_RATE=0",
+        "PROFILE=embedded", "THREADS=2", "REWARD_WEIGHTS={'verifier': 1.0}", "KL_COEF=0",
+        "LEARNING_RATE=0",
         "ADVANTAGE_TYPE=normalized", "ENTROPY_COEF=0", f"OUTPUT_DIR={folder}/ours",
         f"BATCH_SIZE={PROMPTS}", f"GROUP_SIZE={GROUP}", f"MAX_NEW_TOKENS={TOKENS}",
         f"MINIBATCH={MINIBATCH}", f"GSPO_EPOCHS={PASSES}"])

@@ -57,10 +57,6 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 
-# Before torch is loaded: its threads sleep when they wait. When they spin, as they do unless told,
-# and any other program wants a core, a small model's step takes ten times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -83,6 +79,7 @@ REWARD_MODEL = "OpenAssistant/reward-model-deberta-v3-large-v2"  # scores (quest
 ENABLE_THINKING = False  # the chat template's switch; a thought rarely fits into MAX_NEW_TOKENS
 DEVICE = "auto"  # "auto": cuda if there is one, else cpu; or "cuda:1", "cpu"
 DTYPE = "auto"  # of the passes (weights stay float32); "auto": bfloat16 on CUDA, else float32
+THREADS = 0  # on the CPU; 0: PyTorch's choice. More than one is only faster on an idle machine
 LOGITS_AT_ONCE = 2**26  # logits alive at a time: (B, T, V) never exists; changes memory only
 
 # --- Data
@@ -156,6 +153,7 @@ EMBEDDED = {  # for a machine without a GPU: a 0.5 M Qwen3 and a 0.6 M DeBERTa o
     "REWARD_MODEL": "data/reward_model",
     "train_datasets": [{"path": "data/train.parquet", "input": "question", "output": "answer"}],
     "eval_datasets": [{"path": "data/heldout.parquet", "input": "question", "output": "answer"}],
+    "THREADS": 1,
     "MAX_PROMPT_TOKENS": 64,
     "BATCH_SIZE": 16,
     "GROUP_SIZE": 8,
@@ -1370,6 +1368,8 @@ def configure(arguments):
         values["DTYPE"] = "float32" if values.get("DEVICE", DEVICE) == "cpu" else "bfloat16"
     globals().update(values)
     check_constants()
+    if THREADS:
+        torch.set_num_threads(THREADS)
     return why
 
 
@@ -1381,8 +1381,8 @@ def check_constants():
             fail(f"{name}={globals()[name]}: expected one of {allowed}")
     if DEVICE != "cpu" and not torch.cuda.is_available():
         fail(f"DEVICE={DEVICE}: PyTorch finds no CUDA GPU; expected cpu, or a PyTorch with CUDA")
-    check_at_least(BATCH_SIZE=1, GROUP_SIZE=1, MAX_NEW_TOKENS=1, MAX_PROMPT_TOKENS=1, MINIBATCH=1,
-                   MICRO_BATCH=1, LENGTH_BUCKET=1, NUM_EPOCHS=1, EVAL_BATCH=1,
+    check_at_least(THREADS=0, BATCH_SIZE=1, GROUP_SIZE=1, MAX_NEW_TOKENS=1, MAX_PROMPT_TOKENS=1,
+                   MINIBATCH=1, MICRO_BATCH=1, LENGTH_BUCKET=1, NUM_EPOCHS=1, EVAL_BATCH=1,
                    REWARD_BATCH=1, LOGITS_AT_ONCE=1, MAX_REWARD_TOKENS=8,
                    MAX_STEPS=0, EVAL_EVERY=0, EVAL_QUESTIONS=0, SAVE_EVERY=0,
                    SHOW_SAMPLES=0, WARMUP_STEPS=0, MAX_GRAD_NORM=0, LEARNING_RATE=0, WEIGHT_DECAY=0,
