@@ -1471,7 +1471,7 @@ def start(arguments):
                                 dtype=frozen_dtype()).to(DEVICE).eval()
         scorers["model"] = model_scorer(judge, judge_tokenizer)
     device = torch.cuda.get_device_name(DEVICE) if DEVICE != "cpu" else \
-        f"CPU, {torch.get_num_threads()} threads"
+        f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
     facts = {"script": Path(__file__).stem, "device": device, "python": platform.python_version(),
              "torch": torch.__version__, "transformers": transformers.__version__,
              "commit": git_commit(), "project": str(project_root()), "command": sys.argv,
