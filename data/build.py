@@ -180,6 +180,14 @@ def make_table(count, rng, held_out):
     return pd.DataFrame({"question": list(rows), "answer": list(rows.values())})
 
 
+def with_teachers(table):
+    """The table with what two teachers would answer, both always right: one writes as the policy's
+    good answers do, the other in a way that the policy has hardly ever seen."""
+    talk = table["answer"].str.replace(" Answer: ", " I think it is ")
+    return table.assign(teacher_response=table["answer"],
+                        teacher_talkative="Let me see. " + talk + ".")
+
+
 # ---- Tokenizers --------------------------------------------------------------------------------
 
 def train_bpe(texts, specials):
@@ -530,8 +538,9 @@ def load(kind, folder):
 
 
 def build_questions(out, work, sizes, rng):
-    make_table(sizes["heldout_rows"], rng, held_out=True).to_parquet(work / "heldout.parquet")
-    make_table(sizes["train_rows"], rng, held_out=False).to_parquet(work / "train.parquet")
+    for name, held_out in (("heldout", True), ("train", False)):
+        table = with_teachers(make_table(sizes[f"{name}_rows"], rng, held_out))
+        table.to_parquet(work / f"{name}.parquet")
     return {}
 
 

@@ -85,7 +85,7 @@ def read_problem(question):
 @pytest.mark.parametrize("name, held_out, rows", [("train", False, 800), ("heldout", True, 512)])
 def test_questions(tables, name, held_out, rows):
     table = tables[name]
-    assert list(table.columns) == ["question", "answer"]
+    assert list(table.columns) == ["question", "answer", "teacher_response", "teacher_talkative"]
     assert len(table) == rows and table["question"].is_unique and not table.isna().any().any()
     digits = []
     for question, answer in zip(table["question"], table["answer"]):
@@ -103,6 +103,18 @@ def test_every_written_step_is_right(tables):
         assert steps
         for left, value, _ in steps:
             assert sum(int(part) for part in re.findall(r"-?\d+", left)) == int(value)
+
+
+@pytest.mark.parametrize("name", ["train", "heldout"])
+def test_teachers_are_right_and_write_in_two_ways(tables, policy, name):
+    """One as the answers are written, one otherwise; both fit into an answer of the policy."""
+    table = tables[name]
+    assert (table["teacher_response"] == table["answer"]).all()
+    for answer, talk in zip(table["answer"], table["teacher_talkative"]):
+        work, result = answer.split(" Answer: ")
+        assert talk == f"Let me see. {work} I think it is {result}."
+    lengths = [len(ids) for ids in policy[1](list(table["teacher_talkative"]))["input_ids"]]
+    assert max(lengths) < build.MAX_NEW_TOKENS
 
 
 def test_no_question_crosses_the_split(tables):
