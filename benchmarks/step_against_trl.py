@@ -11,32 +11,21 @@ on the machine and on what else it does. A second table compares the rollout alo
 `model.generate`.
 """
 
-import importlib.util
 import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
+from common import ROOT, import_gspo
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-ROOT = Path(__file__).resolve().parents[1]
 PROMPTS, GROUP, TOKENS, MINIBATCH, PASSES = 16, 8, 60, 64, 2
 UPDATES = PASSES * PROMPTS * GROUP // MINIBATCH
 ROLLOUTS = 4  # per run, the first one not counted
-
-
-def import_gspo():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("gspo", ROOT / "RL_HAND" / "gspo" / "gspo.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gspo"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def our_run(gspo, folder):

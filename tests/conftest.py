@@ -1,6 +1,8 @@
 """Fixtures: the scripts under test are imported from their files, never copied."""
 
 import importlib.util
+import inspect
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))  # for what a benchmark imports beside itself
 SCRIPT = Path(os.environ.get("RL_HAND_SCRIPT", ROOT / "RL_HAND" / "gspo" / "gspo.py"))
 
 
@@ -23,6 +26,22 @@ def import_file(path, name="script_under_test"):
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def mutated_copy(script, text, instead, folder):
+    """A copy of a script in which `text`, which must stand there once, is replaced: its path."""
+    source = script.read_text(encoding="utf-8")
+    assert source.count(text) == 1, f"{text!r} is there {source.count(text)} times: adapt it"
+    copied = folder / script.name
+    copied.write_text(source.replace(text, instead), encoding="utf-8")
+    (folder / "constants.json").write_text(json.dumps({"project": str(ROOT)}))  # finds data/
+    return copied
+
+
+def must_fail(test, available):
+    """An assertion of a test fails, and nothing crashes; it gets what its arguments name."""
+    with pytest.raises(AssertionError):
+        test(**{argument: available[argument] for argument in inspect.signature(test).parameters})
 
 
 def run_script(*arguments, script=SCRIPT, timeout=300, cwd=ROOT):

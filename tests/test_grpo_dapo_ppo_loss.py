@@ -8,8 +8,6 @@ gspo.py is tested there. At the end: known bugs, put in one at a time, that thes
 
 import copy
 import doctest
-import inspect
-import json
 import math
 from collections import defaultdict
 from types import SimpleNamespace
@@ -17,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, import_file
+from conftest import ROOT, import_file, must_fail, mutated_copy
 from test_gspo_loss import answers, slow_advantages, small_batch, small_model
 from transformers import AutoModelForCausalLM
 
@@ -1202,12 +1200,6 @@ def test_mutation_is_caught(name, tmp_path, monkeypatch):
     """In a copy of the script, in which the text stands exactly once; and it is an assertion of the
     test that fails, not the script that crashes."""
     script, text, instead, test, parameters = MUTATIONS[name]
-    source = SCRIPTS[script].read_text(encoding="utf-8")
-    assert source.count(text) == 1, f"{text!r} is there {source.count(text)} times: adapt it"
-    copied = tmp_path / f"{script}.py"
-    copied.write_text(source.replace(text, instead), encoding="utf-8")
-    (tmp_path / "constants.json").write_text(json.dumps({"project": str(ROOT)}))  # finds data/
+    copied = mutated_copy(SCRIPTS[script], text, instead, tmp_path)
     available = {script: fresh(script, copied), "monkeypatch": monkeypatch, **parameters}
-    wanted = inspect.signature(test).parameters
-    with pytest.raises(AssertionError):
-        test(**{argument: available[argument] for argument in wanted})
+    must_fail(test, available)

@@ -602,7 +602,7 @@ def train_on_numbers(gspo, monkeypatch, coefficient=0.3, passes=2, reference=Tru
     monkeypatch.setattr(gspo, "optimiser_step", optimiser_step)
     monkeypatch.setattr(gspo, "finish_step", finish_step)
     gspo.train(SimpleNamespace(step=0, total_steps=1, policy=None, tokenizer=None, sampler=None,
-                               state={"kl_coef": coefficient},
+                               state={"kl_coef": coefficient}, trained={},
                                reference=object() if reference else None,
                                shuffler=torch.Generator().manual_seed(7)))
     return state

@@ -38,8 +38,10 @@ Qwen3-0.6B: not run yet.
 """
 
 import ast
+import copy
 import csv
 import difflib
+import functools
 import glob
 import importlib.util
 import json
@@ -48,21 +50,24 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 
 import pandas as pd
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from matplotlib.figure import Figure
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
@@ -80,12 +85,18 @@ ENABLE_THINKING = False  # the chat template's switch; a thought rarely fits int
 DEVICE = "auto"  # "auto": cuda if there is one, else cpu; or "cuda:1", "cpu"
 DTYPE = "auto"  # of the passes (weights stay float32); "auto": bfloat16 on CUDA, else float32
 THREADS = 0  # on the CPU; 0: PyTorch's choice. More than one is only faster on an idle machine
-LOGITS_AT_ONCE = 2**26  # logits alive at a time: (B, T, V) never exists; changes memory only
+LOGITS_AT_ONCE = 2**24  # logits alive at a time: (B, T, V) never exists; changes memory only
+CUDA_GRAPHS = True  # decode by replaying recorded steps; changes speed only
+ENDS_EVERY = 4  # tokens between looks at which completions have ended; changes speed only
+GRADIENT_CHECKPOINTING = True  # keep each layer's input only, run it again; changes memory only
+LORA_RANK = 0  # train an adapter of this rank (pip install peft), not the weights; 0: all weights
+LORA_ALPHA = 32  # an adapter's product is scaled by LORA_ALPHA / LORA_RANK
+FROZEN_DEVICE = "auto"  # of reference and reward model; "auto": the second GPU if one is free
 
 # --- Data
 train_datasets = [  # questions to train on: local file, pattern or hf://; parquet, json or jsonl
-    {"path": "hf://datasets/openai/gsm8k/main/train-00000-of-00001.parquet",
-     "type": "parquet", "input": "question", "output": "answer"}]
+    {"path": "hf://datasets/openai/gsm8k/main/train-00000-of-00001.parquet",  # "teacher": only GAD
+     "type": "parquet", "input": "question", "output": "answer", "teacher": "answer"}]
 eval_datasets = [  # held-out questions, never trained on
     {"path": "hf://datasets/openai/gsm8k/main/test-00000-of-00001.parquet",
      "type": "parquet", "input": "question", "output": "answer"}]
@@ -100,7 +111,7 @@ TEMPERATURE = 1.0  # of the sampled and of the trained distribution: they must b
 # --- Reward
 REWARD_WEIGHTS = {"model": 0.5, "verifier": 1.0}  # and "function"; the reward is their sum
 REWARD_SIGMOID = True  # the reward model's score goes through a sigmoid: 0.5 x it < 1 right answer
-REWARD_FUNCTION = ""  # "file.py:name": name(questions, responses, references) -> scores
+REWARD_FUNCTION = ""  # "file.py:name": name(questions, responses, references) -> scores; or README
 USE_SEQUENCE_LEVEL_REWARD = True  # False: each segment is rewarded with what it added
 SEGMENT_END = r"[.\n]\s*$"  # a segment ends behind a full stop (or decimal point) or a line
 MAX_REWARD_TOKENS = 512  # tokens of a pair, DeBERTa's training length; the longer part is cut
@@ -150,9 +161,11 @@ TENSORBOARD = False  # also write event files (pip install tensorboard)
 EMBEDDED = {  # for a machine without a GPU: a 0.5 M Qwen3 and a 0.6 M DeBERTa on sums, see data/
     "POLICY_MODEL": "data/policy",
     "REWARD_MODEL": "data/reward_model",
-    "train_datasets": [{"path": "data/train.parquet", "input": "question", "output": "answer"}],
+    "train_datasets": [{"path": "data/train.parquet", "input": "question", "output": "answer",
+                        "teacher": "teacher_response"}],
     "eval_datasets": [{"path": "data/heldout.parquet", "input": "question", "output": "answer"}],
     "THREADS": 1,
+    "GRADIENT_CHECKPOINTING": False,
     "MAX_PROMPT_TOKENS": 64,
     "BATCH_SIZE": 16,
     "GROUP_SIZE": 8,
@@ -183,14 +196,13 @@ def train(run):
         batch.advantages = token_advantages(run, rows, batch, rewards)    # (B, T)
         clock.lap("reward")
         batch.old_logps = behaviour_logps(policy, batch)                  # (B, T)
-        if run.reference is not None:
-            batch.ref_logps = score_without_grad(run.reference, batch)    # (B, T)
+        batch.ref_logps = reference_logps(run, batch)                     # (B, T), or None
         clock.lap("logps")
 
         meter, kl_coef = Meter(), run.state["kl_coef"]
         for minibatch in minibatches(batch, GRPO_EPOCHS, run.shuffler):
             minibatch.weights = token_weights(minibatch.completion_mask)  # (b, T), sums to 1
-            for micro in micro_batches(minibatch):
+            for micro in micro_batches(run, minibatch):
                 logps, entropy = score_tokens(policy, micro)              # (b, T) each
                 policy_term, statistics = policy_loss(logps, micro.old_logps, micro.advantages,
                                                       micro.completion_mask)
@@ -215,7 +227,7 @@ def prepare(run):
     """What this algorithm needs besides the policy: the reference, and the KL coefficient."""
     run.state["kl_coef"] = float(KL_COEF)
     if KL_COEF:
-        run.reference = load_policy(find_model("POLICY_MODEL"), frozen=True)
+        run.reference = load_reference(run)
 
 
 # ========================================= Advantages ===========================================
@@ -244,9 +256,10 @@ def compute_advantages(rewards):
 def token_advantages(run, rows, batch, rewards):
     """The advantage of each token (B, T): its answer's, or its segment's if those are rewarded."""
     if USE_SEQUENCE_LEVEL_REWARD:
-        return compute_advantages(rewards)[:, None].expand_as(batch.completion_mask)
+        advantages = share(compute_advantages(gather(rewards)))           # (B,), all processes'
+        return advantages[:, None].expand_as(batch.completion_mask)
     increments, segments = segment_rewards(run, rows, batch)              # (B, K), (B, T)
-    return compute_advantages(increments).gather(1, segments)
+    return share(compute_advantages(gather(increments))).gather(1, segments)
 
 
 # ============================================ Loss ==============================================
@@ -289,7 +302,7 @@ def token_weights(mask):
     [[0.25, 0.25], [0.5, 0.0]]
     """
     if AGGREGATION == "token-mean":
-        return mask / mask.sum().clamp(min=1)
+        return mask / average(mask.sum()).clamp(min=1)
     if AGGREGATION == "dr-grpo":
         return mask / (len(mask) * MAX_NEW_TOKENS)
     return mask / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
@@ -390,61 +403,248 @@ class Batch:
             picked[name] = None if value is None else value[index, :longest]
         return replace(self, **picked)
 
+    def to(self, device):
+        """The batch on another device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return replace(self, **moved)
+
 
 @torch.no_grad()
 def sample_groups(policy, tokenizer, rows, group_size, generator, temperature=None, top_p=1.0):
     """Sample `group_size` completions of each row's prompt: a Batch of len(rows) x group_size.
 
     Each prompt is run once and its keys and values shared by its group; all completions are decoded
-    together, and those that have ended leave. Of the model's generation_config only the end ids are
-    used (Qwen3's also says top_k 20): what is sampled is softmax(logits / temperature), which is
-    what is trained. `temperature`: TEMPERATURE unless given; 0 is greedy.
+    together. Of the model's generation_config only the end ids are used (Qwen3's also says top_k
+    20): what is sampled is softmax(logits / temperature), which is what is trained. `temperature`:
+    TEMPERATURE unless given; 0 is greedy.
+
+    All chance is drawn first, one number per row and token: what a row becomes does not depend on
+    which rows are decoded beside it, in which process, or whether CUDA graphs do it.
     """
     temperature = TEMPERATURE if temperature is None else temperature
-    device, pad = policy.device, tokenizer.pad_token_id
-    ends = torch.tensor(end_ids(policy, tokenizer), device=device)
-    prompt_ids, prompt_mask = left_pad([row["prompt_ids"] for row in rows], pad, device)
+    (rank, processes), device, count = process(), policy.device, len(rows) * group_size
+    chance = None
+    if temperature:
+        chance = torch.rand(processes, count, MAX_NEW_TOKENS, generator=generator, device=device,
+                            dtype=torch.float64)[rank]                                  # (B, T)
+    prompt_ids, prompt_mask = left_pad([row["prompt_ids"] for row in rows],
+                                       tokenizer.pad_token_id, device)
     index = torch.arange(len(rows), device=device).repeat_interleave(group_size)        # (B,)
-    count = len(index)
-    ids = torch.full((count, MAX_NEW_TOKENS), pad, device=device)                       # (B, T)
-    logps = torch.zeros(count, MAX_NEW_TOKENS, device=device)
-    mask = torch.zeros(count, MAX_NEW_TOKENS, device=device)
-    ended = torch.zeros(count, dtype=torch.bool, device=device)
+    decoder = find_decoder(policy, tokenizer, count, prompt_ids.shape[1] + MAX_NEW_TOKENS)
+    decoder.start(prompt_ids, prompt_mask, index, chance, temperature, top_p)
+    for t in tqdm(range(1, MAX_NEW_TOKENS), "rollout", unit="token", leave=False, delay=5):
+        if t % ENDS_EVERY == 0 and not decoder.drop_ended():
+            break
+        decoder.advance()
+    return decoder.batch()
 
-    with autocast(device):
-        cache = DynamicCache(config=policy.config)
-        place = positions(prompt_mask)
-        hidden = run_model(policy, prompt_ids, prompt_mask, place, cache)[:, -1]        # (P, H)
+
+class Decoder:
+    """Decodes up to `count` rows together, a token at a time, in buffers that stay where they are.
+
+    A step asks the device nothing and changes no shape, so that on CUDA it is recorded as a graph
+    and replayed: one launch instead of a thousand small ones. Its shapes are the number of rows and
+    of columns (prompt and completion) in use, both rounded up to an eighth of the whole, hence at
+    most 64 graphs. In bfloat16 the weights are a copy, refreshed before each rollout.
+    """
+
+    def __init__(self, policy, tokenizer, count, columns):
+        self.device, self.policy, self.count, self.columns = policy.device, policy, count, columns
+        self.model = policy
+        if DTYPE == "bfloat16" and trainable(policy):  # half the bytes to read, nothing to cast
+            self.model = load_policy(find_model("POLICY_MODEL"), frozen=True)
+        self.graphs, self.pool = {}, None
+        self.pad = tokenizer.pad_token_id
+        self.ends = torch.tensor(end_ids(policy, tokenizer), device=self.device)
+
+        def buffer(*shape, dtype=torch.long):
+            return torch.zeros(*shape, dtype=dtype, device=self.device)
+
+        self.t, self.column = buffer(1), buffer(1)  # of the token that is drawn next
+        self.row, self.token, self.place = buffer(count), buffer(count), buffer(count)
+        self.seen = buffer(count, columns, dtype=torch.bool)  # the columns that a row attends to
+        self.ids, self.mask = buffer(count, MAX_NEW_TOKENS), buffer(count, MAX_NEW_TOKENS).float()
+        self.logps, self.ended = torch.zeros_like(self.mask), buffer(count, dtype=torch.bool)
+        self.chance = torch.zeros_like(self.mask, dtype=torch.float64)
+        self.cache = ColumnCache(config=policy.config)
+
+    def start(self, prompt_ids, prompt_mask, index, chance, temperature, top_p):
+        """Run the prompts and draw the first token of each row; `index` (B,) is a row's prompt."""
+        self.sampling, self.live = (temperature, top_p), self.count
+        self.prompts, width = (prompt_ids, prompt_mask, index), prompt_ids.shape[1]
+        if self.model is not self.policy:
+            refresh(self.model, self.policy)
+        for tensor in (self.t, self.mask, self.logps, self.ended, self.seen):
+            tensor.zero_()
+        self.column.fill_(width)
+        self.ids.fill_(self.pad)
+        if chance is not None:
+            self.chance.copy_(chance)
+        torch.arange(self.count, out=self.row)
+        self.steps = width  # the columns in use, known without asking the device
+        place, prompts = positions(prompt_mask), PromptCache(config=self.policy.config)
+        hidden = run_model(self.model, prompt_ids, prompt_mask, place, prompts)[:, -1]  # (P, H)
         if not hidden.isfinite().all():
             fail("the policy's outputs are not finite; expected numbers: lower LEARNING_RATE, go "
                  "on from an earlier checkpoint")
-        cache.batch_select_indices(index)
-        hidden, seen, place = hidden[index], prompt_mask[index], place[index, -1:]      # (B, ...)
-        live = torch.arange(count, device=device)               # rows that are still being decoded
-        for t in tqdm(range(MAX_NEW_TOKENS), "rollout", unit="token", leave=False, delay=5):
-            scores = torch.log_softmax(head(policy, hidden) / (temperature or 1.0), -1)  # (live, V)
-            token = draw(scores, temperature, top_p, generator)                         # (live,)
-            running = ~ended[live]
-            ids[live, t] = torch.where(running, token, pad)
-            logps[live, t] = scores.gather(1, token[:, None])[:, 0] * running
-            mask[live, t] = running.float()
-            ended[live] |= torch.isin(token, ends)
-            running = ~ended[live]
-            left = int(running.sum())
-            if left == 0:
-                break
-            if left <= 0.9 * len(live):  # not at every end: it copies the cache
-                live, token, seen, place = (x[running] for x in (live, token, seen, place))
-                cache.batch_select_indices(running.nonzero()[:, 0])
-            if t + 1 < MAX_NEW_TOKENS:
-                seen, place = F.pad(seen, (0, 1), value=1), place + 1
-                hidden = run_model(policy, token[:, None], seen, place, cache)[:, -1]   # (live, H)
-    ids, mask, logps = ids[:, :t + 1], mask[:, :t + 1], logps[:, :t + 1]
-    return Batch(prompt_ids, prompt_mask, index, ids, mask, logps, ended)
+        self.cache.fill(prompts, index, self.columns)
+        self.seen[:, :width] = prompt_mask[index].bool()
+        self.place.copy_(place[index, -1])
+        self.choose(hidden[index])
+
+    def choose(self, hidden):
+        """Draw a token for each live row from its last hidden state (n, H), and note it."""
+        (temperature, top_p), n = self.sampling, len(hidden)
+        row = self.row[:n]
+        scores = torch.log_softmax(head(self.model, hidden) / (temperature or 1.0), -1)   # (n, V)
+        chance = self.chance.index_select(1, self.t)[:, 0].index_select(0, row)
+        token = draw(scores, temperature, top_p, chance)                                  # (n,)
+        running = ~self.ended.index_select(0, row)
+        where = (row, self.t.expand(n))
+        self.ids.index_put_(where, torch.where(running, token, self.pad))
+        self.logps.index_put_(where, scores.gather(1, token[:, None])[:, 0] * running)
+        self.mask.index_put_(where, running.float())
+        ending = (token[:, None] == self.ends).any(1)
+        self.ended.index_put_((row,), ~running | ending)
+        self.token[:n] = token
+        self.t += 1
+
+    def advance(self):
+        """One more token for each live row."""
+        self.steps += 1
+        eighth = math.ceil(self.columns / 8)
+        width = min(self.columns, math.ceil(self.steps / eighth) * eighth)
+        if self.device.type != "cuda" or not CUDA_GRAPHS:
+            return self.step(self.live, width)
+        key = (self.live, width, self.sampling)
+        if key not in self.graphs:  # the first time as it is, which also warms it up
+            self.graphs[key] = None
+            return self.step(self.live, width)
+        if self.graphs[key] is None:
+            self.graphs[key] = graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.step(self.live, width)
+            self.pool = graph.pool()
+        self.graphs[key].replay()
+
+    def step(self, n, width):
+        """Run the model on the last token of the first n rows, and draw their next ones."""
+        self.seen[:n].index_fill_(1, self.column, True)
+        self.place[:n] += 1
+        self.cache.use(n, width, self.column)
+        hidden = run_model(self.model, self.token[:n, None], self.seen[:n, None, None, :width],
+                           self.place[:n, None], self.cache)[:, -1]                       # (n, H)
+        self.column += 1
+        self.choose(hidden)
+
+    def drop_ended(self):
+        """Make room where rows have ended; returns how many have not. The only look at the device.
+
+        The others move up: as many rows stay as the next full eighth holds."""
+        ended = self.ended[self.row[:self.live]]
+        running = self.live - int(ended.sum())
+        eighth = math.ceil(self.count / 8)
+        wanted = math.ceil(running / eighth) * eighth
+        if 0 < wanted < self.live:
+            kept = ended.long().argsort(stable=True)[:wanted]
+            for tensor in (self.row, self.token, self.place, self.seen, *self.cache.buffers()):
+                tensor[:wanted] = tensor.index_select(0, kept)
+            self.live = wanted
+        return running
+
+    def batch(self):
+        """What was decoded, as a Batch of its own."""
+        longest = max(1, int(self.mask.sum(1).max()))
+        ids, mask, logps = (x[:, :longest].clone() for x in (self.ids, self.mask, self.logps))
+        return Batch(*self.prompts, ids, mask, logps, self.ended.clone())
 
 
-def draw(logps, temperature, top_p, generator):
-    """One token per row of (n, V) log-probs: greedy at temperature 0, else from the nucleus."""
+def find_decoder(policy, tokenizer, count, columns):
+    """The policy's decoder; a new one if that has another size, or is too narrow."""
+    decoder, size = getattr(policy, "decoder", None), (count, MAX_NEW_TOKENS)
+    if decoder is None or decoder.ids.shape != size or decoder.columns < columns:
+        policy.decoder = None  # free the old one's memory first
+        columns = max(columns, MAX_PROMPT_TOKENS + MAX_NEW_TOKENS)  # so that it will do next time
+        policy.decoder = decoder = Decoder(policy, tokenizer, count, columns)
+    return decoder
+
+
+class PromptCache(DynamicCache):
+    """Keys and values of prompts, made once; completions read those of their own prompt.
+
+    Reading adds nothing, so that a layer can be run again in the backward pass. index_select,
+    because the gradient of keys[rows] is summed in any order on several threads: runs would not
+    repeat.
+    """
+    readers = None  # whose keys each row reads; None: the prompts themselves are being run
+
+    def read_by(self, index):
+        """The same keys and values, for rows (r,) that complete the prompts `index`."""
+        view = copy.copy(self)
+        view.readers = index
+        return view
+
+    def update(self, keys, values, layer, *_, **__):
+        """The model's attention puts new keys in, and gets those to attend to."""
+        kept = self.layers[layer]
+        if self.readers is None:
+            kept.keys, kept.values, kept.is_initialized = keys, values, True
+            return keys, values
+        return (torch.cat([kept.keys.index_select(0, self.readers), keys], 2),
+                torch.cat([kept.values.index_select(0, self.readers), values], 2))
+
+
+class ColumnCache(DynamicCache):
+    """Keys and values in buffers (rows, heads, columns, D), written a column at a time in place."""
+
+    def fill(self, prompts, index, columns):
+        """Begin with the keys and values of prompts, those of prompt index[i] in row i."""
+        for mine, theirs in zip(self.layers, prompts.layers):
+            for name in ("keys", "values"):
+                value = getattr(theirs, name)                                 # (P, heads, L, D)
+                if not mine.is_initialized or getattr(mine, name) is None:
+                    shape = (len(index), value.shape[1], columns, value.shape[3])
+                    setattr(mine, name, value.new_zeros(shape))
+                getattr(mine, name)[:, :, :value.shape[2]] = value.index_select(0, index)
+            mine.is_initialized = True
+
+    def use(self, rows, width, column):
+        """From now on: the first `rows` rows and `width` columns; new keys go to `column` (1,)."""
+        self.window = (rows, width, column)
+
+    def update(self, keys, values, layer, *_, **__):
+        """The model's attention puts new keys in, and gets those to attend to."""
+        (rows, width, column), kept = self.window, self.layers[layer]
+        kept.keys[:rows].index_copy_(2, column, keys)
+        kept.values[:rows].index_copy_(2, column, values)
+        return kept.keys[:rows, :, :width], kept.values[:rows, :, :width]
+
+    def buffers(self):
+        """All keys and values, one tensor after the other."""
+        return [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
+
+
+def refresh(model, policy):
+    """Bring the decoder's bfloat16 copy up to date; with LoRA, the adapters are added to it."""
+    weights = dict(model.named_parameters())
+    for name, parameter in policy.named_parameters():
+        if "lora_" not in name:
+            weights[name.replace(".base_layer", "")].copy_(parameter)
+    for name, module in policy.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            weights[f"{name}.weight"] += module.get_delta_weight("default")
+
+
+def draw(logps, temperature, top_p, chance):
+    """One token per row of (n, V) log-probs: greedy at temperature 0, else from the nucleus.
+
+    The token where the cumulated probability passes `chance` (n,), uniform in [0, 1) and float64:
+    first in blocks of 256 tokens, then inside the block, so that small probabilities count as well.
+
+    >>> logps = torch.tensor([[0.5, 0.2, 0.3]]).log()
+    >>> [draw(logps, 1.0, 1.0, torch.tensor([c]).double()).item() for c in (0.49, 0.51, 0.71)]
+    [0, 1, 2]
+    """
     if temperature == 0:
         return logps.argmax(-1)
     probs = logps.exp()
@@ -452,7 +652,16 @@ def draw(logps, temperature, top_p, generator):
         ordered, order = probs.sort(-1, descending=True)
         outside = ordered.cumsum(-1) - ordered >= top_p  # the token that crosses top_p stays
         probs = probs.masked_fill(outside.scatter(1, order, outside), 0.0)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    count = probs.shape[1]
+    probs = F.pad(probs, (0, -count % 256)).unflatten(1, (-1, 256))                 # (n, K, 256)
+    blocks = probs.sum(2, dtype=torch.float64).cumsum(1)                            # (n, K)
+    point = chance[:, None] * blocks[:, -1:]
+    block = (blocks <= point).sum(1, keepdim=True).clamp(max=blocks.shape[1] - 1)   # (n, 1)
+    inside = probs.take_along_dim(block[:, :, None], 1)[:, 0].double()              # (n, 256)
+    point = point - F.pad(blocks, (1, 0)).gather(1, block)
+    token = (inside.cumsum(1) <= point).sum(1)
+    last = 255 - (inside.flip(1) > 0).long().argmax(1)  # where rounding ran past the end
+    return (block[:, 0] * 256 + torch.minimum(token, last)).clamp(max=count - 1)
 
 
 def end_ids(policy, tokenizer):
@@ -490,32 +699,95 @@ def run_model(model, ids, mask, position_ids, cache):
 
 
 def head(model, hidden):
-    """Logits in float32: GSPO's clip range (3e-4) is far below bfloat16's resolution (8e-3)."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.float(), model.get_output_embeddings().weight.float())
+    """Logits (n, V) of last hidden states (n, H), in float32: GSPO's clip range (3e-4) is far below
+    bfloat16's resolution (8e-3)."""
+    return product(hidden, model.get_output_embeddings().weight.T)
+
+
+def product(a, b):
+    """a @ b in float32; with DTYPE bfloat16 that is the inputs' precision, not the sum's."""
+    if DTYPE == "bfloat16" and a.device.type == "cuda":
+        return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
+    if DTYPE == "bfloat16":
+        a, b = a.bfloat16(), b.bfloat16()
+    return a.float() @ b.float()
+
+
+class TokenScores(torch.autograd.Function):
+    """Log-probs at TEMPERATURE and exact entropy of tokens, from the states before them.
+
+    (n, V) never exists: logits are made in tiles of at most LOGITS_AT_ONCE numbers, over tokens and
+    vocabulary, and made again in the backward pass. With p = softmax(l) and E = sum p l
+
+        log-prob = l_i - lse       its gradient  d/dl_j = [j = i] - p_j
+        entropy  = lse - E         its gradient  d/dl_j = -p_j (l_j - E)
+    """
+
+    @staticmethod
+    def tiles(states, weight):
+        """Index pairs (rows, columns) of the tiles, columns first."""
+        wide = min(len(weight), max(1, min(LOGITS_AT_ONCE, 2**14)))
+        tall = max(1, LOGITS_AT_ONCE // wide)
+        for start in range(0, len(states), tall):
+            rows = slice(start, min(start + tall, len(states)))
+            for left in range(0, len(weight), wide):
+                yield rows, slice(left, min(left + wide, len(weight)))
+
+    @staticmethod
+    def forward(ctx, states, weight, ids):
+        """states (n, H), weight (V, H), ids (n,): log-probs and entropies, (n,) float32 each."""
+        highest = torch.full(ids.shape, -math.inf, device=ids.device)
+        total, summed, chosen = (torch.zeros_like(highest) for _ in range(3))
+        for rows, columns in TokenScores.tiles(states, weight):
+            logits = product(states[rows], weight[columns].T) / TEMPERATURE        # (r, c)
+            new = torch.maximum(highest[rows], logits.amax(1))
+            shrink = torch.exp(highest[rows] - new)
+            here = (ids[rows] >= columns.start) & (ids[rows] < columns.stop)
+            place = (ids[rows] - columns.start).clamp(0, logits.shape[1] - 1)
+            chosen[rows] += logits.gather(1, place[:, None])[:, 0] * here
+            weights = torch.exp(logits - new[:, None])
+            total[rows] = total[rows] * shrink + weights.sum(1)
+            summed[rows] = summed[rows] * shrink + (weights * logits).sum(1)
+            highest[rows] = new
+        lse, expected = highest + total.log(), summed / total
+        ctx.save_for_backward(states, weight, ids, lse, expected)
+        return chosen - lse, lse - expected
+
+    @staticmethod
+    def backward(ctx, d_logps, d_entropy):
+        """The gradients of states and weight, summed in float32."""
+        states, weight, ids, lse, expected = ctx.saved_tensors
+        d_states = torch.zeros_like(states, dtype=torch.float32)
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for rows, columns in TokenScores.tiles(states, weight):
+            logits = product(states[rows], weight[columns].T) / TEMPERATURE        # (r, c)
+            probs = torch.exp(logits - lse[rows, None])
+            centred = logits.sub_(expected[rows, None]).mul_(d_entropy[rows, None])
+            d_logits = centred.add_(d_logps[rows, None]).mul_(probs).neg_()
+            here = (ids[rows] >= columns.start) & (ids[rows] < columns.stop)
+            place = (ids[rows] - columns.start).clamp(0, logits.shape[1] - 1)
+            d_logits.scatter_add_(1, place[:, None], (d_logps[rows] * here)[:, None])
+            d_logits /= TEMPERATURE
+            d_states[rows] += product(d_logits, weight[columns])
+            if d_weight is not None:
+                d_weight[columns] += product(d_logits.T, states[rows])
+        return d_states.to(states.dtype), d_weight, None
 
 
 def score_tokens(model, batch):
-    """Log-probs at TEMPERATURE and exact entropy at each completion token, (b, T); 0 in padding."""
-    def score_chunk(states, ids):
-        logits = head(model, states) / TEMPERATURE                            # (n, V)
-        normaliser = logits.logsumexp(-1)
-        expected = (torch.softmax(logits, -1) * logits).sum(-1)
-        return logits.gather(1, ids[:, None])[:, 0] - normaliser, normaliser - expected
-
-    def score(states, ids):
-        size = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
-        if len(ids) <= size:
-            return score_chunk(states, ids)
-        # Each chunk's logits are thrown away, and made again in the backward pass.
-        chunks = [checkpoint(score_chunk, s, i, use_reentrant=False)
-                  for s, i in zip(states.split(size), ids.split(size))]
-        return tuple(torch.cat(column) for column in zip(*chunks))
-
-    return at_tokens(model, batch, score)
+    """Log-probs at TEMPERATURE, and exact entropy; (b, T) each, 0 in padding."""
+    weight = model.get_output_embeddings().weight
+    return at_tokens(model, batch, lambda states, ids: TokenScores.apply(states, weight, ids))
 
 
 def at_tokens(model, batch, function):
+    """What `read_states` returns; in several processes, through DistributedDataParallel."""
+    return through(model, read_states, model, batch, function)
+
+
+def read_states(model, batch, function):
     """`function`(states (n, H), ids (n,)) -> tuple of (n,), of the state before each completion
     token. Returns a tuple of (b, T), 0 in padding.
 
@@ -524,7 +796,7 @@ def at_tokens(model, batch, function):
     """
     prompts, index = torch.unique(batch.prompt_index, return_inverse=True)
     ids, seen = batch.prompt_ids[prompts], batch.prompt_mask[prompts]         # (p, L)
-    cache = DynamicCache(config=model.config)
+    cache = PromptCache(config=model.config)
     with autocast(model.device):
         last = run_model(model, ids, seen, positions(seen), cache)[:, -1:]    # (p, 1, H)
     order = batch.completion_mask.sum(1).argsort(stable=True)
@@ -538,7 +810,7 @@ def at_tokens(model, batch, function):
             with autocast(model.device):
                 place = positions(before)[:, seen.shape[1]:]                  # (r, t - 1)
                 rest = run_model(model, some.completion_ids[:, :-1], before, place,
-                                 select_cache(model, cache, of))
+                                 cache.read_by(of))
             states = torch.cat([states, rest], 1)                             # (r, t, H)
         blank = torch.zeros(mask.shape, device=mask.device)
         padding = (0, batch.completion_mask.shape[1] - mask.shape[1])
@@ -548,23 +820,25 @@ def at_tokens(model, batch, function):
     return tuple(torch.cat(column)[back] for column in zip(*results))         # (b, T) each
 
 
-def select_cache(model, cache, index):
-    """A copy of the cache with the rows `index`, in the autograd graph. index_select, because the
-    gradient of keys[index] is summed in any order on several threads: runs would not repeat."""
-    copy = DynamicCache(config=model.config)
-    for i, layer in enumerate(cache.layers):
-        copy.update(layer.keys.index_select(0, index), layer.values.index_select(0, index), i)
-    return copy
-
-
 @torch.no_grad()
 def score_without_grad(model, batch):
-    """Log-probs (B, T) of a whole batch, a micro-batch at a time."""
+    """Log-probs (B, T) of a whole batch, a micro-batch at a time, wherever the model is."""
     logps = torch.zeros_like(batch.completion_mask)
     for rows in torch.arange(len(logps), device=logps.device).split(MICRO_BATCH):
-        some = score_tokens(model, batch.rows(rows))[0]
-        logps[rows, :some.shape[1]] = some
+        some = score_tokens(model, batch.rows(rows).to(model.device))[0]
+        logps[rows, :some.shape[1]] = some.to(logps.device)
     return logps
+
+
+def reference_logps(run, batch):
+    """The reference's log-probs (B, T); None where the algorithm has no reference."""
+    if run.reference is None or run.reference is not run.policy:
+        return run.reference and score_without_grad(run.reference, batch)
+    run.policy.disable_adapters()  # LoRA: without its adapter the policy is what it was
+    try:
+        return score_without_grad(run.policy, batch)
+    finally:
+        run.policy.enable_adapters()
 
 
 def behaviour_logps(policy, batch):
@@ -575,26 +849,34 @@ def behaviour_logps(policy, batch):
 
 
 def minibatches(batch, passes, generator):
-    """`passes` times over the batch in new random order, MINIBATCH completions each.
-
-    Groups stay together: their prompt is then run once."""
+    """`passes` times over the batch in new random order, MINIBATCH completions each, of all
+    processes together. Groups stay together: their prompt is then run once."""
     groups = torch.arange(len(batch.prompt_index)).reshape(-1, GROUP_SIZE)        # (P, G) rows
     for _ in range(passes):
         order = groups[torch.randperm(len(groups), generator=generator)].flatten()
-        for rows in order.to(batch.prompt_index.device).split(MINIBATCH):
+        for rows in order.to(batch.prompt_index.device).split(MINIBATCH // process()[1]):
             yield batch.rows(rows)
 
 
-def micro_batches(minibatch):
-    """The minibatch in pieces of MICRO_BATCH completions."""
+def micro_batches(run, minibatch):
+    """The minibatch in pieces of MICRO_BATCH completions; gradients are averaged at the last."""
     rows = torch.arange(len(minibatch.prompt_index), device=minibatch.prompt_index.device)
-    for some in rows.split(MICRO_BATCH):
-        yield minibatch.rows(some)
+    pieces = rows.split(MICRO_BATCH)
+    for i, some in enumerate(pieces):
+        with ExitStack() as waiting:
+            for module, _ in run.trained.values():
+                if i + 1 < len(pieces) and "engine" in vars(module):
+                    waiting.enter_context(module.engine.no_sync())
+            yield minibatch.rows(some)
 
 
 def new_optimizer(module, learning_rate):
-    """AdamW over a module's weights; `initial_lr` is what the warm-up grows to."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, betas=ADAM_BETAS,
+    """AdamW over a module's trained weights (over all if it is frozen, and nothing will happen);
+    `initial_lr` is what the warm-up grows to."""
+    data_parallel(module)
+    trained = [parameter for parameter in module.parameters()
+               if parameter.requires_grad or not trainable(module)]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=ADAM_BETAS,
                                   eps=ADAM_EPSILON, weight_decay=WEIGHT_DECAY, fused=True)
     optimizer.param_groups[0]["initial_lr"] = learning_rate
     return optimizer
@@ -630,10 +912,12 @@ class Meter:
         self.learning_rate = 0.0
 
     def add(self, micro, losses, statistics):
-        """Add a micro-batch, (b, T) each: losses by their weights, statistics by token."""
+        """Add a micro-batch: losses (b, T) by their weights, or as they are if they are one number,
+        the micro-batch's share; statistics (b, T) by token."""
         mask = micro.completion_mask
         for name, value in losses.items():
-            self.losses[name] += (value.detach() * micro.weights).sum()
+            value = value.detach()
+            self.losses[name] += (value * micro.weights).sum() if value.ndim else value
         for name, value in statistics.items():
             self.totals[name] += (value.detach() * mask).sum()
         self.tokens += mask.sum()
@@ -649,12 +933,13 @@ class Meter:
         return loss
 
     def means(self):
-        """The step's metrics by name."""
-        means = {name: float(total) / len(self.norms) for name, total in self.losses.items()}
-        means |= {name: float(total / self.tokens) for name, total in self.totals.items()}
+        """The step's metrics by name, over all processes."""
+        tokens, minibatches = add_up(self.tokens), len(self.norms) * process()[1]
+        means = {name: float(add_up(total)) / minibatches for name, total in self.losses.items()}
+        means |= {name: float(add_up(total) / tokens) for name, total in self.totals.items()}
         if "ratio" in means:
-            means |= {"ratio/mean": means.pop("ratio"), "ratio/min": self.low,
-                      "ratio/max": self.high}
+            means |= {"ratio/mean": means.pop("ratio"), "ratio/min": -most(-self.low),
+                      "ratio/max": most(self.high)}
         return means | {"grad_norm": mean(self.norms), "learning_rate": self.learning_rate}
 
 
@@ -704,6 +989,7 @@ def model_scorer(model, tokenizer):
                 logits = model(**inputs.to(model.device)).logits[:, 0].float()      # (n,)
             scores.update(zip(some, (logits.sigmoid() if REWARD_SIGMOID else logits).tolist()))
         return [scores[pair] for pair in zip(questions, responses)]
+    score.model = model
     return score
 
 
@@ -757,7 +1043,7 @@ def segment_rewards(run, rows, batch):
     owners = [rows[i] for i, ends in zip(batch.prompt_index.tolist(), cuts) for _ in ends]
     prefixes = [ids[:end] for ids, ends in zip(tokens, cuts) for end in ends]
     scores, _ = reward_of(run.scorers, owners, decode(run.tokenizer, prefixes))
-    increments = torch.full((len(cuts), max(map(len, cuts)) - 1), math.nan)
+    increments = torch.full((len(cuts), int(most(max(map(len, cuts)))) - 1), math.nan)
     for i, ends in enumerate(cuts):
         mine, scores = torch.tensor(scores[:len(ends)]), scores[len(ends):]
         increments[i, :len(ends) - 1] = mine.diff()
@@ -804,34 +1090,42 @@ def without_spread(groups):
 
 
 def batch_metrics(batch, rewards, parts):
-    """Metrics of a rollout: reward, accuracy, lengths, sampler against trainer."""
-    groups, lengths = rewards.reshape(-1, GROUP_SIZE), batch.completion_mask.sum(1)
-    mask = batch.completion_mask.bool()
-    advantages = (batch.advantages * batch.completion_mask).sum(1) / lengths  # (B,)
-    apart = (batch.sampled_logps - batch.old_logps)[mask].abs().mean()
+    """Metrics of a rollout, over all processes: reward, accuracy, lengths, sampler and trainer."""
+    mask, rewards, ended = batch.completion_mask, gather(rewards), gather(batch.ended)
+    lengths = gather(mask.sum(1))                                             # (B,)
+    apart = gather(((batch.sampled_logps - batch.old_logps).abs() * mask).sum(1))
+    groups = rewards.reshape(-1, GROUP_SIZE)
     metrics = {
         "reward": rewards.mean(), "reward_std": group_std(groups).mean(),
         "frac_reward_zero_std": without_spread(groups).float().mean(),
-        "advantage/mean": advantages.mean(), "advantage/std": advantages.std(correction=0),
         "completions/mean_length": lengths.mean(), "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
-        "completions/clipped_ratio": (~batch.ended).float().mean(),
-        "sampling_logp_difference": apart, "tokens": mask.sum(),
+        "completions/clipped_ratio": (~ended).float().mean(),
+        "sampling_logp_difference": apart.sum() / lengths.sum(), "tokens": lengths.sum(),
     }
-    sources = {f"rewards/{name}": sum(scores) / len(scores) for name, scores in parts.items()}
-    metrics = {name: float(value) for name, value in metrics.items()} | sources
-    return metrics | {"accuracy": sources["rewards/verifier"]}
+    if batch.advantages is not None:
+        advantages = gather((batch.advantages * mask).sum(1)) / lengths       # (B,)
+        metrics |= {"advantage/mean": advantages.mean(),
+                    "advantage/std": advantages.std(correction=0)}
+    metrics |= {f"rewards/{name}": gather(torch.tensor(scores, device=mask.device)).mean()
+                for name, scores in parts.items()}
+    metrics = {name: float(value) for name, value in metrics.items()}
+    return metrics | {"accuracy": metrics["rewards/verifier"]}
 
 
 # ============================================ Data ==============================================
 
 
 def read_table(entry, name):
-    """One entry of a dataset constant as a list of {question, answer}, or one line and exit."""
+    """One entry of a dataset constant as a list of {question, answer}, or one line and exit. Any
+    further key of the entry names a column that the rows keep under that key."""
     if (not isinstance(entry, dict) or not {"path", "input", "output"} <= set(entry)
             or not all(isinstance(value, str) for value in entry.values())):
         fail(f"{name}: found {entry!r}; expected a dict of strings: path, input, output (and type)")
-    path, columns = entry["path"], (entry["input"], entry["output"])
+    path = entry["path"]
+    columns = {"question": entry["input"], "answer": entry["output"]}
+    columns |= {key: column for key, column in entry.items()
+                if key not in ("path", "type", "input", "output")}
     kind = entry.get("type") or path.rsplit(".", 1)[-1]
     readers = {"parquet": pd.read_parquet,  # dtype=False: text that looks like a number stays text
                "json": lambda file: pd.read_json(file, dtype=False),
@@ -852,7 +1146,7 @@ def read_table(entry, name):
                  ": download it and set its path, or PROFILE=embedded" if "://" in file else ""))
         if table.empty:
             fail(f"{name}: {file} has no rows; expected at least one")
-        for column in columns:
+        for column in columns.values():
             if column not in table:
                 fail(f"{name}: {file} has no column {column!r}; expected one of "
                      f"{', '.join(map(str, table.columns))}")
@@ -862,8 +1156,8 @@ def read_table(entry, name):
             odd = [v for v in table[column] if not isinstance(v, (str, int, float))]
             if odd:
                 fail(f"{name}: {file} has {brief(odd[0])} in the column {column!r}; expected text")
-        rows += [{"question": str(question), "answer": str(answer)}
-                 for question, answer in zip(*(table[column] for column in columns))]
+        rows += [dict(zip(columns, map(str, values)))
+                 for values in zip(*(table[column] for column in columns.values()))]
     return rows
 
 
@@ -895,7 +1189,8 @@ def with_prompts(rows, tokenizer, name):
 
 
 def next_questions(run, count):
-    """The next `count` rows. Each pass over the data has an order of its own, from SEED."""
+    """This process's share of the next `count` rows. Each pass over the data has an order of its
+    own, from SEED."""
     rows = []
     for place in range(run.questions, run.questions + count):
         epoch, i = divmod(place, len(run.train_rows))
@@ -904,7 +1199,7 @@ def next_questions(run, count):
             order = torch.randperm(len(run.train_rows), generator=order).tolist()
         rows.append(run.train_rows[order[i]])
     run.questions += count
-    return rows
+    return share(rows)
 
 
 # ========================================= Evaluation ===========================================
@@ -923,8 +1218,10 @@ def evaluate(run):
         tokens = []
         for start in range(0, len(rows), EVAL_BATCH):
             some = rows[start:start + EVAL_BATCH]
-            tokens += completion_tokens(sample_groups(run.policy, run.tokenizer, some, 1, generator,
+            mine = share(some + some[:1] * (-len(some) % process()[1]))  # equally many each
+            answers = completion_tokens(sample_groups(run.policy, run.tokenizer, mine, 1, generator,
                                                       temperature, TOP_P))
+            tokens += gather_lists(answers)[:len(some)]
         texts[mode] = decode(run.tokenizer, tokens)
         lengths[mode] = [len(ids) for ids in tokens]
     rewards, parts = reward_of(run.scorers, rows, texts["sampled"])
@@ -999,12 +1296,13 @@ def peak_memory():
     return math.nan
 
 
-def finish_step(run, metrics):
-    """Count the step; evaluate, write its row, save and draw, each when it is due."""
+def finish_step(run, metrics, milestone=""):
+    """Count the step; evaluate, write its row, save and draw, each when it is due. All of it is due
+    at a milestone, whose name is then the checkpoint's."""
     run.step += 1
     run.num_tokens += int(metrics.pop("tokens"))
     epoch, place = divmod(run.step, run.steps_per_epoch)
-    ends = place == 0 or run.step == run.total_steps
+    ends = milestone or place == 0 or run.step == run.total_steps
     evaluating = ends or (EVAL_EVERY and run.step % EVAL_EVERY == 0)
     metrics |= {"step": run.step, "epoch": run.step / run.steps_per_epoch,
                 "num_tokens": run.num_tokens, "peak_memory": peak_memory()}
@@ -1018,7 +1316,7 @@ def finish_step(run, metrics):
         record_evaluation(run, metrics)
     write_metrics(run, metrics)
     if ends or (SAVE_EVERY and run.step % SAVE_EVERY == 0):
-        save_checkpoint(run, f"step_{run.step}" if place else f"epoch_{epoch}")
+        save_checkpoint(run, milestone or (f"step_{run.step}" if place else f"epoch_{epoch}"))
     if evaluating:
         plot_metrics(run)
 
@@ -1037,6 +1335,8 @@ def record_evaluation(run, metrics):
 def write_metrics(run, metrics):
     """Append the step's row to metrics.csv, and remember it for the plot."""
     run.history.append(metrics)
+    if process()[0]:
+        return
     path = run.folder / "metrics.csv"
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
@@ -1055,11 +1355,15 @@ def save_checkpoint(run, name):
     epoch_0, before training, holds samples and constants; later ones also weights (safetensors),
     tokenizer, and what RESUME_FROM needs: optimiser, generators, counters, metrics so far.
     """
+    if process()[0]:
+        return
     partial = run.folder / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     (partial / "samples.txt").write_text(run.samples, encoding="utf-8")
     (partial / "train_script.py").write_bytes(run.source)
+    if run.reward_source:
+        (partial / "reward_function.py").write_bytes(run.reward_source)
     facts = {"constants": constants()} | run.facts
     (partial / "constants.json").write_text(json.dumps(facts, indent=2))
     if run.step:
@@ -1068,7 +1372,7 @@ def save_checkpoint(run, name):
         state = {"sampler": run.sampler.get_state(), "shuffler": run.shuffler.get_state()}
         for part, (module, optimizer) in run.trained.items():
             if part != "policy":
-                save_file(module.state_dict(), partial / f"{part}.safetensors")
+                save_model(module, str(partial / f"{part}.safetensors"))  # tied weights once
             state |= {f"{part}.{key}.{i}": value for key, i, value in optimizer_state(optimizer)}
         save_file(state, partial / "trainer_state.safetensors")
         counters = {key: getattr(run, key) for key in run_counters()}
@@ -1093,8 +1397,12 @@ def load_checkpoint(run, folder):
     """Put optimisers, generators, counters and metrics back to where `folder` left them."""
     try:
         state = load_file(folder / "trainer_state.safetensors")
-        modules = {name: load_file(folder / f"{name}.safetensors")
-                   for name in run.trained if name != "policy"}
+        for name, (module, _) in run.trained.items():
+            if name != "policy":
+                load_model(module, folder / f"{name}.safetensors")
+        if LORA_RANK:
+            from peft import set_peft_model_state_dict
+            set_peft_model_state_dict(run.policy, load_file(folder / "adapter_model.safetensors"))
     except Exception as error:  # safetensors has an exception of its own
         fail(f"RESUME_FROM={folder} is damaged ({short(error)}); expected a whole checkpoint")
     run.sampler.set_state(state.pop("sampler"))
@@ -1103,9 +1411,7 @@ def load_checkpoint(run, folder):
     for name, value in state.items():
         module, key, i = name.split(".")
         entries[module][int(i)][key] = value
-    for name, (module, optimizer) in run.trained.items():
-        if name in modules:
-            module.load_state_dict(modules[name])
+    for name, (_, optimizer) in run.trained.items():
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": dict(entries[name]), "param_groups": groups})
     counters = read_json(folder, "trainer_state.json")
@@ -1116,8 +1422,9 @@ def load_checkpoint(run, folder):
 
 
 def plot_metrics(run):
-    """Draw training_metrics.png from the metrics so far."""
-    table = pd.DataFrame(run.history).reindex(columns=metric_names())
+    """Draw training_metrics.png from the metrics so far, less panels with nothing to show."""
+    if process()[0]:
+        return
     panels = [
         ("Accuracy", {"accuracy": "training", "eval/accuracy": "held out, sampled",
                       "eval/accuracy_greedy": "held out, greedy"}),
@@ -1136,6 +1443,11 @@ def plot_metrics(run):
         ("Seconds per step", {"time/update": "update", "time/rollout": "rollout",
                               "time/reward": "reward", "time/logps": "log-probs"}),
     ]
+    names = dict.fromkeys(["step", *metric_names(), *(name for _, c in panels for name in c)])
+    table = pd.DataFrame(run.history).reindex(columns=list(names))
+    panels = [panel for panel in panels if table[list(panel[1])].notna().any(axis=None)]
+    if not panels:
+        return
     grid = (math.ceil(len(panels) / 4), 4)
     figure = Figure(figsize=(15, 3 * grid[0]), layout="constrained")
     cells = list(figure.subplots(*grid).flat)
@@ -1143,8 +1455,9 @@ def plot_metrics(run):
         axes.remove()
     for axes, (title, curves) in zip(cells, panels):
         for name, label in curves.items():
-            points = table[["step", name]].dropna()
             held_out = name.startswith("eval/")
+            points = table[["step", name]]
+            points = points.dropna() if held_out else points  # elsewhere a gap is a gap
             axes.plot(points["step"], points[name], label=label, marker="o" if held_out else "",
                       markersize=3.5, linewidth=1.8 if held_out else 1.0)
         axes.set_title(title, fontsize=11)
@@ -1153,6 +1466,9 @@ def plot_metrics(run):
         if "kl" in curves and constants().get("ADAPTIVE_KL"):
             target = constants()["TARGET_KL"]
             axes.axhline(target, color="grey", linestyle="--", linewidth=0.9, label="TARGET_KL")
+        if "stage" in table:
+            for step in table["step"][table["stage"].diff() > 0]:  # where another stage begins
+                axes.axvline(step - 0.5, color="grey", linestyle=":", linewidth=0.9)
         if any(curves.values()):
             axes.legend(fontsize=8, frameon=False)
     figure.suptitle(f"{run.facts['script']}: {POLICY_MODEL}, seed {SEED}", fontsize=12)
@@ -1160,6 +1476,114 @@ def plot_metrics(run):
     partial = run.folder / ".training_metrics.partial.png"
     figure.savefig(partial, dpi=110)
     os.replace(partial, run.folder / "training_metrics.png")
+
+
+# ===================================== Several processes ========================================
+
+
+def process():
+    """(rank, number) of the processes that torchrun has started; (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(items):
+    """This process's part of a list or of a tensor's rows, which all processes have in full."""
+    rank, processes = process()
+    size = len(items) // processes
+    return items[rank * size:(rank + 1) * size]
+
+
+def gather(tensor):
+    """The rows of all processes' tensors, equally many each, as one tensor: undoes `share`."""
+    if process()[1] == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(process()[1])]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def gather_lists(items):
+    """All processes' lists as one."""
+    if process()[1] == 1:
+        return items
+    parts = [None] * process()[1]
+    dist.all_gather_object(parts, items)
+    return sum(parts, [])
+
+
+def add_up(tensor):
+    """The sum of all processes' tensors of one shape, or numbers."""
+    tensor = torch.as_tensor(tensor)
+    if process()[1] > 1:
+        tensor = tensor.to(DEVICE, copy=True)
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def average(tensor):
+    """The mean of the processes' tensors of one shape."""
+    return add_up(tensor) / process()[1]
+
+
+def most(number):
+    """The largest of the processes' numbers, as a float."""
+    if process()[1] == 1:
+        return float(number)
+    tensor = torch.tensor(float(number), dtype=torch.float64, device=DEVICE)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+class Through(torch.nn.Module):
+    """Lets DistributedDataParallel see as a forward pass whatever a function does with a module."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, function, *arguments):
+        """The function's value."""
+        return function(*arguments)
+
+
+def data_parallel(module):
+    """From now on the processes' gradients of this module are averaged, if there are several."""
+    if process()[1] > 1 and trainable(module):  # not a submodule: the engine holds the module
+        vars(module)["engine"] = DistributedDataParallel(
+            Through(module), broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def through(module, function, *arguments):
+    """function(*arguments), which runs `module`, such that gradients will be averaged."""
+    if "engine" in vars(module) and torch.is_grad_enabled():
+        return module.engine(function, *arguments)
+    return function(*arguments)
+
+
+def join_processes():
+    """Under torchrun, meet the other processes; only the first one speaks and writes."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes == 1:
+        return
+    for name, value in {"BATCH_SIZE": BATCH_SIZE, "MINIBATCH": MINIBATCH}.items():
+        if value % processes:
+            fail(f"{name}={value} cannot be shared by {processes} processes; expected a multiple")
+    if MINIBATCH // processes % GROUP_SIZE and MINIBATCH < BATCH_SIZE * GROUP_SIZE:
+        fail(f"MINIBATCH={MINIBATCH} makes {MINIBATCH // processes} completions in each of "
+             f"{processes} processes; expected whole groups of GROUP_SIZE = {GROUP_SIZE}")
+    if DEVICE != "cpu":
+        torch.cuda.set_device(DEVICE)
+    dist.init_process_group("gloo" if DEVICE == "cpu" else "nccl")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def tell_all(value):
+    """The first process's value, in every process."""
+    box = [value]
+    if process()[1] > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 # ======================================== Command line ==========================================
@@ -1171,6 +1595,7 @@ class Run:
     folder: Path
     facts: dict  # versions, device, command: what constants.json keeps beside the constants
     source: bytes  # this file as it was at the start
+    reward_source: bytes  # REWARD_FUNCTION's file, too; empty if there is none
     train_rows: list  # of {question, answer, prompt_ids}
     eval_rows: list
     scorers: dict  # name -> function(questions, responses, references) -> scores
@@ -1276,24 +1701,38 @@ def configure(arguments):
     saved = {}
     if folder := given.get("RESUME_FROM", RESUME_FROM):
         given["RESUME_FROM"] = folder = str((find_path(folder) or Path(folder)).absolute())
-        for name in ("constants.json", "config.json", "model*.safetensors", "metrics.csv",
+        for name in ("constants.json", "config.json or adapter_config.json",
+                     "model*.safetensors or adapter_model.safetensors", "metrics.csv",
                      "trainer_state.json", "trainer_state.safetensors"):
-            if not any(Path(folder).glob(name)):
+            if not any(any(Path(folder).glob(file)) for file in name.split(" or ")):
                 fail(f"RESUME_FROM={folder}: there is no {name}; expected an epoch_N or step_N "
                      "folder, N > 0, of a run")
         saved = read_json(folder, "constants.json")["constants"]
         saved = {name: tuple(value) if isinstance(value, list) and "datasets" not in name else value
-                 for name, value in saved.items() if name in constants()}
+                 for name, value in saved.items()
+                 if name in constants() and name not in ("DEVICE", "FROZEN_DEVICE")}
+        if (Path(folder) / "reward_function.py").exists():  # the function as it was, not as it is
+            name = saved["REWARD_FUNCTION"].rpartition(".py")[2]  # ":name" or nothing
+            saved["REWARD_FUNCTION"] = f"{Path(folder) / 'reward_function.py'}{name}"
     cuda = torch.cuda.is_available()
     profile, why = (saved | given).get("PROFILE", PROFILE), "as PROFILE says"
     if profile == "auto":
         profile = "full" if cuda else "embedded"
         why = "there is a CUDA GPU" if cuda else "there is no CUDA GPU"
     values = (EMBEDDED if profile == "embedded" else {}) | saved | given | {"PROFILE": profile}
-    if values.get("DEVICE", DEVICE) == "auto":
-        values["DEVICE"] = "cuda" if cuda else "cpu"
+    place = given.get("DEVICE", DEVICE)
+    processes, local_rank = (int(os.environ.get(name, i)) for i, name in
+                             ((1, "WORLD_SIZE"), (0, "LOCAL_RANK")))
+    if place == "auto":
+        place = "cuda" if cuda else "cpu"
+    if processes > 1 and place.startswith("cuda"):
+        place = f"cuda:{local_rank}"
+    values["DEVICE"] = place
+    if values.get("FROZEN_DEVICE", FROZEN_DEVICE) == "auto":
+        free = place in ("cuda", "cuda:0") and processes == 1 and torch.cuda.device_count() > 1
+        values["FROZEN_DEVICE"] = "cuda:1" if free else place
     if values.get("DTYPE", DTYPE) == "auto":
-        values["DTYPE"] = "float32" if values.get("DEVICE", DEVICE) == "cpu" else "bfloat16"
+        values["DTYPE"] = "float32" if place == "cpu" else "bfloat16"
     globals().update(values)
     check_constants()
     if THREADS:
@@ -1304,19 +1743,26 @@ def configure(arguments):
 def check_constants():
     """Stop with one line if the constants cannot work together."""
     for name, allowed in {"PROFILE": "auto, full, embedded", "DTYPE": "auto, float32, bfloat16",
-                          "DEVICE": "auto, cpu, cuda, cuda:N"}.items():
+                          "DEVICE": "auto, cpu, cuda, cuda:N",
+                          "FROZEN_DEVICE": "auto, cpu, cuda, cuda:N"}.items():
         if re.sub(":[0-9]+$", ":N", globals()[name]) not in allowed.split(", "):
             fail(f"{name}={globals()[name]}: expected one of {allowed}")
-    if DEVICE != "cpu" and not torch.cuda.is_available():
-        fail(f"DEVICE={DEVICE}: PyTorch finds no CUDA GPU; expected cpu, or a PyTorch with CUDA")
-    check_at_least(THREADS=0, BATCH_SIZE=1, GROUP_SIZE=1, MAX_NEW_TOKENS=1, MAX_PROMPT_TOKENS=1,
-                   MINIBATCH=1, MICRO_BATCH=1, LENGTH_BUCKET=1, NUM_EPOCHS=1, EVAL_BATCH=1,
+    for name in ("DEVICE", "FROZEN_DEVICE"):
+        place, gpus = globals()[name], torch.cuda.device_count()
+        if place != "cpu" and int(place.partition(":")[2] or 0) >= gpus:
+            fail(f"{name}={place}: PyTorch finds {gpus or 'no'} CUDA GPU{'s' * (gpus > 1)}; "
+                 "expected cpu, or one of those GPUs (and no more processes than GPUs)")
+    check_at_least(THREADS=0, BATCH_SIZE=1, GROUP_SIZE=1,
+                   MAX_NEW_TOKENS=1, MAX_PROMPT_TOKENS=1,
+                   MICRO_BATCH=1, LENGTH_BUCKET=1, NUM_EPOCHS=1, EVAL_BATCH=1,
                    REWARD_BATCH=1, LOGITS_AT_ONCE=1, MAX_REWARD_TOKENS=8,
                    MAX_STEPS=0, EVAL_EVERY=0, EVAL_QUESTIONS=0, SAVE_EVERY=0,
-                   SHOW_SAMPLES=0, WARMUP_STEPS=0, MAX_GRAD_NORM=0, LEARNING_RATE=0, WEIGHT_DECAY=0,
-                   ADAM_EPSILON=0, EVAL_TEMPERATURE=0)
+                   SHOW_SAMPLES=0, WARMUP_STEPS=0, ENDS_EVERY=1, LORA_RANK=0, LORA_ALPHA=1,
+                   MAX_GRAD_NORM=0, LEARNING_RATE=0, WEIGHT_DECAY=0, ADAM_EPSILON=0,
+                   EVAL_TEMPERATURE=0)
     if not 0.01 <= TEMPERATURE or not 0 < TOP_P <= 1:
-        fail(f"TEMPERATURE={TEMPERATURE}, TOP_P={TOP_P}: expected 0.01 or more, and 0 < TOP_P <= 1")
+        fail(f"TEMPERATURE={TEMPERATURE}, TOP_P={TOP_P}: "
+             "expected 0.01 or more, and 0 < TOP_P <= 1")
     if len(ADAM_BETAS) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in ADAM_BETAS):
         fail(f"ADAM_BETAS={ADAM_BETAS}: expected two numbers in [0, 1)")
     if not 0 <= SEED < 2**53:
@@ -1330,8 +1776,8 @@ def check_constants():
     check_algorithm()
     completions = BATCH_SIZE * GROUP_SIZE
     if completions % MINIBATCH:
-        fail(f"MINIBATCH={MINIBATCH} does not divide BATCH_SIZE x GROUP_SIZE = {BATCH_SIZE} x "
-             f"{GROUP_SIZE} = {completions} completions; expected a divisor")
+        fail(f"MINIBATCH={MINIBATCH} does not divide BATCH_SIZE x GROUP_SIZE = "
+             f"{BATCH_SIZE} x {GROUP_SIZE} = {completions} completions; expected a divisor")
     if (set(REWARD_WEIGHTS) - {"model", "verifier", "function"} or not any(REWARD_WEIGHTS.values())
             or not all(map(is_number, REWARD_WEIGHTS.values()))):
         fail(f"REWARD_WEIGHTS={REWARD_WEIGHTS}: expected weights of model, verifier or function, "
@@ -1348,12 +1794,23 @@ def check_at_least(**least):
             fail(f"{name}={globals()[name]}: expected {value} or more")
 
 
-def load_reward_function():
-    """The function that REWARD_FUNCTION, "file.py:name", names."""
+def reward_file():
+    """REWARD_FUNCTION as (path of its file, name of the function in it)."""
     path, _, name = REWARD_FUNCTION.rpartition(":")
-    file = find_path(path)
-    if file is None or not file.is_file():
-        fail(f"REWARD_FUNCTION={REWARD_FUNCTION}: no such file; expected path/to/file.py:name")
+    if not path or name.endswith(".py"):  # "file.py" alone, also where a drive has a colon
+        path, name = REWARD_FUNCTION, "compute_score"
+    file = find_path(path) or Path(__file__).with_name(Path(path).name)  # or beside this script
+    if not file.is_file():
+        fail(f"REWARD_FUNCTION={REWARD_FUNCTION}: no such file; expected path/to/file.py:name, or "
+             "path/to/file.py with a compute_score")
+    return file, name
+
+
+def load_reward_function(rows):
+    """The function that REWARD_FUNCTION names, as (questions, responses, references) -> scores.
+    compute_score is asked for one answer at a time, as frameworks do; `rows` know its data_source.
+    """
+    file, name = reward_file()
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -1361,8 +1818,15 @@ def load_reward_function():
     except Exception as error:  # the user's file may raise anything
         fail(f"REWARD_FUNCTION={REWARD_FUNCTION}: {short(error)}; expected a file that can be run")
     if not callable(getattr(module, name, None)):
-        fail(f"REWARD_FUNCTION={REWARD_FUNCTION}: the file has no function {name!r}; expected one")
-    return getattr(module, name)
+        fail(f"REWARD_FUNCTION={REWARD_FUNCTION}: the file has no function {name!r}; expected "
+             "file.py:name of one that it has")
+    function = getattr(module, name)
+    if name != "compute_score":
+        return function
+    sources = {(row["question"], row["answer"]): row.get("data_source", "") for row in rows}
+    return lambda questions, responses, references: [
+        function(sources[question, reference], response, reference, {"question": question})
+        for question, response, reference in zip(questions, responses, references)]
 
 
 def find_model(constant):
@@ -1392,12 +1856,44 @@ def frozen_dtype():
     return torch.bfloat16 if DTYPE == "bfloat16" else torch.float32
 
 
-def load_policy(name, frozen=False):
+def load_policy(name, frozen=False, device=None):
     """A causal model on DEVICE. Trained weights stay float32: AdamW's steps of 1e-6 round to
     nothing in bfloat16. Evaluation mode: dropout would train something else."""
-    return load_pretrained(AutoModelForCausalLM, name, "POLICY_MODEL",
-                           dtype=frozen_dtype() if frozen else torch.float32,
-                           attn_implementation="sdpa").to(DEVICE).eval().requires_grad_(not frozen)
+    model = load_pretrained(AutoModelForCausalLM, name, "POLICY_MODEL",
+                            dtype=frozen_dtype() if frozen or LORA_RANK else torch.float32,
+                            attn_implementation="sdpa").to(device or DEVICE).eval()
+    model.requires_grad_(not frozen)
+    if LORA_RANK and not frozen:
+        torch.manual_seed(SEED)
+        model.add_adapter(lora_config())  # next to every linear layer but the head; float32
+    if GRADIENT_CHECKPOINTING and not frozen:
+        checkpoint_layers(model)
+    return model
+
+
+def checkpoint_layers(model):
+    """Run each layer again in the backward pass. (transformers' own way drops the prompts' cache.)
+    """
+    for layer in model.modules():
+        if "GradientCheckpointingLayer" in (kind.__name__ for kind in type(layer).__mro__):
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def lora_config():
+    """peft's description of the adapter that LORA_RANK and LORA_ALPHA ask for."""
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        fail(f"LORA_RANK={LORA_RANK}: the package peft is missing; expected it: pip install peft")
+    return LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0,
+                      target_modules="all-linear")
+
+
+def load_reference(run):
+    """The policy as it started, frozen. With LoRA no second copy: the policy, its adapter off."""
+    if LORA_RANK:
+        return run.policy
+    return load_policy(find_model("POLICY_MODEL"), frozen=True, device=FROZEN_DEVICE)
 
 
 def claim_folder():
@@ -1419,18 +1915,19 @@ def claim_folder():
 def start(arguments):
     """From the command line to a Run. All that can be checked is checked before models load."""
     why = configure(arguments)
+    join_processes()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     scorers = {"verifier": verify}
     if REWARD_FUNCTION:
-        scorers["function"] = load_reward_function()
+        reward_file()  # it is there
     policy_name = find_model("POLICY_MODEL")
     if uses_model := bool(REWARD_WEIGHTS.get("model")):
         reward_name = find_model("REWARD_MODEL")
     train_rows = load_rows(train_datasets, "train_datasets")
     eval_rows = load_rows(eval_datasets, "eval_datasets")
     if REWARD_FUNCTION:
-        row = train_rows[0]
+        row, scorers["function"] = train_rows[0], load_reward_function(train_rows + eval_rows)
         checked_scores("function", scorers["function"], [row["question"]], *[[row["answer"]]] * 2)
     if uses_model:
         judge_tokenizer = load_pretrained(AutoTokenizer, reward_name, "REWARD_MODEL")
@@ -1459,23 +1956,28 @@ def start(arguments):
     if done >= total_steps:
         fail(f"RESUME_FROM={RESUME_FROM} is at step {done} of {total_steps}; expected steps to do: "
              "raise NUM_EPOCHS or MAX_STEPS")
-    folder = claim_folder()
+    if LORA_RANK:
+        lora_config()
+    folder = tell_all(claim_folder() if process()[0] == 0 else None)
 
-    policy = load_policy(RESUME_FROM or policy_name)
+    policy = load_policy(policy_name if LORA_RANK else RESUME_FROM or policy_name)
     if uses_model:
         judge = load_pretrained(AutoModelForSequenceClassification, reward_name, "REWARD_MODEL",
-                                dtype=frozen_dtype()).to(DEVICE).eval()
+                                dtype=frozen_dtype()).to(FROZEN_DEVICE).eval()
         scorers["model"] = model_scorer(judge, judge_tokenizer)
     device = torch.cuda.get_device_name(DEVICE) if DEVICE != "cpu" else \
         f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
     facts = {"script": Path(__file__).stem, "device": device, "python": platform.python_version(),
              "torch": torch.__version__, "transformers": transformers.__version__,
              "commit": git_commit(), "project": str(project_root()), "command": sys.argv,
-             "started": time.strftime("%Y-%m-%d %H:%M:%S"), "steps": total_steps}
-    run = Run(folder, facts, Path(__file__).read_bytes(), train_rows, eval_rows, scorers, policy,
-              {"policy": (policy, new_optimizer(policy, LEARNING_RATE))}, tokenizer,
-              torch.Generator(DEVICE).manual_seed(SEED), torch.Generator().manual_seed(SEED),
-              steps_per_epoch, total_steps, board=board and board(folder))
+             "started": time.strftime("%Y-%m-%d %H:%M:%S"), "steps": total_steps,
+             "processes": process()[1]}
+    reward_source = reward_file()[0].read_bytes() if REWARD_FUNCTION else b""
+    run = Run(folder, facts, Path(__file__).read_bytes(), reward_source, train_rows, eval_rows,
+              scorers, policy, {"policy": (policy, new_optimizer(policy, LEARNING_RATE))},
+              tokenizer, torch.Generator(DEVICE).manual_seed(SEED),
+              torch.Generator().manual_seed(SEED), steps_per_epoch, total_steps,
+              board=board and board(folder))
     prepare(run)
     if RESUME_FROM:
         load_checkpoint(run, Path(RESUME_FROM))
@@ -1494,27 +1996,79 @@ def git_commit():
 def describe(run, why, arguments):
     """Print the start-up block: what trains on what, for how long, and where it goes."""
     size = sum(p.numel() for p in run.policy.parameters()) / 1e6
+    trained = f", {trainable(run.policy) / 1e6:.2f} M in the adapter" if LORA_RANK else ""
+    memory = memory_estimate(run)
     weights = " + ".join(f"{weight} {name}" for name, weight in REWARD_WEIGHTS.items() if weight)
     silent = sum(last_number(row["answer"]) is None for row in run.train_rows)
     lines = {
-        "profile": f"{PROFILE} ({why}); {run.facts['device']}; {DTYPE}; torch {torch.__version__}",
+        "profile": f"{PROFILE} ({why}); {run.facts['device']}; {DTYPE}; torch {torch.__version__}" +
+                   (f"; {process()[1]} processes" if process()[1] > 1 else ""),
         "settings": " ".join(arguments) or "the defaults",
         "resumed": f"{RESUME_FROM}, at step {run.step}" if RESUME_FROM else "",
-        "policy": f"{POLICY_MODEL}, {size:.2f} M parameters" +
-                  (", and a frozen copy as the reference" if run.reference is not None else ""),
+        "policy": f"{POLICY_MODEL}, {size:.2f} M parameters{trained}" + (
+                  "" if run.reference is None else ", and without it the reference" if LORA_RANK
+                  else ", and a frozen copy as the reference"),
         "reward": weights + (f"; model: {REWARD_MODEL}" if "model" in run.scorers else ""),
         "data": f"{len(run.train_rows)} questions, {len(run.eval_rows)} held out" +
                 (f"; {silent} reference answers without a number" if silent else ""),
-        "rollout": f"{BATCH_SIZE} prompts x {GROUP_SIZE} = {BATCH_SIZE * GROUP_SIZE} completions "
-                   f"of at most {MAX_NEW_TOKENS} tokens; minibatch {MINIBATCH}, "
+        "rollout": f"{BATCH_SIZE} prompts x {GROUP_SIZE} = {BATCH_SIZE * GROUP_SIZE} "
+                   f"completions of at most {MAX_NEW_TOKENS} tokens; minibatch {MINIBATCH}, "
                    f"micro-batch {MICRO_BATCH}",
         "algorithm": describe_algorithm(),
         "steps": f"{run.total_steps}, {run.steps_per_epoch} an epoch",
+        "memory": "about {:.2g} GB beside Python's own: ".format(memory.pop("in all")) + ", ".join(
+                  f"{name} {size:.2g}" for name, size in memory.items() if size >= 0.01),
         "output": str(run.folder),
         "check": check_reward_model(run) if "model" in run.scorers else "",
     }
     shown = [f"  {name:10}{text}" for name, text in lines.items() if text]
     print(run.facts["script"], *shown, "", sep="\n", flush=True)
+
+
+def trainable(module):
+    """How many numbers of a module are trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def memory_estimate(run):
+    """What should fill DEVICE's memory, in GB, by part; `peak_memory` in metrics.csv is measured.
+
+    The activations are those of one micro-batch at full length: with GRADIENT_CHECKPOINTING the
+    inputs of all layers and the inside of one, else the inside of all. An evaluation may need more
+    for keys and values, but then there are neither gradients nor activations: the larger counts.
+    """
+    config, policy = run.policy.config, run.policy
+    half = 2 if DTYPE == "bfloat16" else 4
+    modules = {id(p): p for module, _ in run.trained.values() if trainable(module)
+               for p in module.parameters()}
+    trained = sum(p.numel() for p in modules.values() if p.requires_grad)
+    frozen = [m for m in (run.reference, getattr(run.scorers.get("model"), "model", None))
+              if m is not None and m is not policy and m.device == policy.device]
+    columns, layers = MAX_PROMPT_TOKENS + MAX_NEW_TOKENS, config.num_hidden_layers
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    row = columns * layers * 2 * heads * head_dim * half  # of keys and values
+    tokens = min(MICRO_BATCH, MINIBATCH // process()[1]) * columns
+    inside = 4 * (6 * config.hidden_size + 3 * config.num_attention_heads * head_dim +
+                  4 * getattr(config, "intermediate_size", 4 * config.hidden_size))
+    kept = (layers * config.hidden_size * 4 + inside) if GRADIENT_CHECKPOINTING else layers * inside
+    fixed = {
+        "weights": sum(p.numel() * p.element_size() for p in modules.values()),
+        "Adam": 8 * trained,
+        "weights for decoding": half * sum(p.numel() for p in policy.parameters()) * (half == 2),
+        "reference and reward model": sum(p.numel() * p.element_size()
+                                          for m in frozen for p in m.parameters()),
+    }
+    update = {
+        "gradients": 4 * trained,
+        "keys and values": BATCH_SIZE * GROUP_SIZE // process()[1] * row,
+        "activations": tokens * kept,
+        "logits": 12 * min(LOGITS_AT_ONCE, tokens * config.vocab_size) +
+                  4 * config.vocab_size * config.hidden_size * (not LORA_RANK),
+    }
+    evaluation = min(EVAL_BATCH, len(run.eval_rows)) // process()[1] * row
+    whole = sum(fixed.values()) + max(sum(update.values()), evaluation)
+    return {name: size / 1e9 for name, size in ({"in all": whole} | fixed | update).items()}
 
 
 def check_reward_model(run):
@@ -1534,10 +2088,11 @@ def show_help():
 
 
 def main(arguments):
-    """`python SCRIPT [NAME=VALUE ...]`"""
+    """`python SCRIPT [NAME=VALUE ...]`, or `torchrun --nproc_per_node=N SCRIPT ...`"""
     if {"-h", "--help"} & set(arguments):
         return show_help()
     run, began = None, time.perf_counter()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is told like Ctrl-C
     try:
         run = start(arguments)
         if run.step == 0:
@@ -1545,17 +2100,40 @@ def main(arguments):
             record_evaluation(run, before)
             write_metrics(run, before)
             save_checkpoint(run, "epoch_0")
-        with tqdm(total=run.total_steps, initial=run.step, unit="step", ncols=120) as run.bar:
+        with tqdm(total=run.total_steps, initial=run.step, unit="step", ncols=120,
+                  disable=bool(process()[0])) as run.bar:
             train(run)
     except KeyboardInterrupt:
         if run is not None:
             plot_metrics(run)
-            saved = sorted(run.folder.glob("[!.]*/trainer_state.json"), key=os.path.getmtime)
-            print(f"\nstopped at step {run.step}; RESUME_FROM goes on from one of {run.folder}'s: "
-                  f"{', '.join(file.parent.name for file in saved) or 'none was saved yet'}")
+            print(f"\nstopped at step {run.step}; {where_to_resume(run)}")
         raise SystemExit(130) from None
+    except SystemExit:
+        if run is None and int(os.environ.get("RANK", 0)):
+            time.sleep(10)  # until the first process has said why, and torchrun ends this one
+            raise SystemExit(1) from None
+        raise
+    except RuntimeError as error:
+        if process()[1] == 1 or run is None or not lost_contact(error):
+            raise
+        raise SystemExit(f"error: another process of this run has ended ({short(error)}); "
+                         f"{where_to_resume(run)}") from None
     print(f"{run.total_steps} steps, {time.perf_counter() - began:.0f} s. In {run.folder}: "
           "training_metrics.png, metrics.csv, and the checkpoints")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def where_to_resume(run):
+    """The checkpoints of a run that has stopped, in words."""
+    saved = sorted(run.folder.glob("[!.]*/trainer_state.json"), key=os.path.getmtime)
+    return (f"RESUME_FROM goes on from one of {run.folder}'s: "
+            f"{', '.join(file.parent.name for file in saved) or 'none was saved yet'}")
+
+
+def lost_contact(error):
+    """Whether an error of torch.distributed says that another process is gone."""
+    return isinstance(error, dist.DistError) or re.search("gloo|[Cc]onnection|nccl", str(error))
 
 
 if __name__ == "__main__":

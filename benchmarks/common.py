@@ -1,0 +1,25 @@
+"""What the benchmarks share: scripts as modules, and the shape of the model that is meant."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+QWEN3 = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+         "tie_word_embeddings": True, "rope_theta": 1e6,
+         "max_position_embeddings": 40_960}  # Qwen/Qwen3-0.6B's config.json, but for vocab_size
+QWEN3_VOCABULARY = 151_936
+
+
+def import_file(path):
+    """A file of the project as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def import_gspo():
+    """gspo.py as a module."""
+    return import_file(ROOT / "RL_HAND" / "gspo" / "gspo.py")
