@@ -1,6 +1,6 @@
 """Run algorithms side by side and show what their differences do: one figure, one table.
 
-    python RL_HAND/compare.py gspo grpo dapo ppo SEEDS=3                 # each script, each seed
+    python RL_HAND/compare.py gspo grpo dapo ppo self_play SEEDS=3       # each script, each seed
     python RL_HAND/compare.py gspo grpo SEEDS=5 LEARNING_RATE=5e-5       # constants for all of them
     python RL_HAND/compare.py --runs runs/gspo runs/gspo_2 runs/grpo     # runs that exist, grouped
                                             # by script and by what was set on their command lines
@@ -31,7 +31,11 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 HERE = Path(__file__).resolve().parent
-COLOURS = {"gspo": "#1f77b4", "grpo": "#ff7f0e", "dapo": "#2ca02c", "ppo": "#d62728"}
+COLOURS = {"gspo": "#1f77b4", "grpo": "#ff7f0e", "dapo": "#2ca02c", "ppo": "#d62728",
+           "gad": "#9467bd", "self_play": "#8c564b"}
+RENAMED = {"self_play": {"BATCH_SIZE": "TRAIN_BATCH_SIZE", "GROUP_SIZE": "ROLLOUT_N",
+                         "TEMPERATURE": "ROLLOUT_TEMPERATURE", "MAX_STEPS": "SELF_PLAY_ROUNDS",
+                         "REWARD_FUNCTION": "REWARD_FUNC"}}  # tools/sync.py reads it here
 
 
 def fail(message):
@@ -106,8 +110,15 @@ def is_complete(folder, wanted):
 
 def jobs_of(options, names, constants):
     """The runs to be made, seed by seed: (script name, folder, its command line)."""
-    return [(name, options["OUTPUT"] / f"{name}_seed{seed}", [f"SEED={seed}", *constants])
+    return [(name, options["OUTPUT"] / f"{name}_seed{seed}",
+             [f"SEED={seed}", *(in_words_of(name, constant) for constant in constants)])
             for seed in range(options["SEEDS"]) for name in names]
+
+
+def in_words_of(script, constant):
+    """NAME=VALUE with the name that the script has for that constant."""
+    name, equals, value = constant.partition("=")
+    return RENAMED.get(script, {}).get(name, name) + equals + value
 
 
 def run_all(options, jobs):

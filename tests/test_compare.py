@@ -41,7 +41,7 @@ def refused(compare, *arguments):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["grop"], ["'grop' is no script", "dapo, grpo, gspo, ppo"]),
+    (["grop"], ["'grop' is no script", "dapo, gad, grpo, gspo, ppo, self_play"]),
     (["gspo", "compare"], ["'compare' is no script"]),
     (["gspo", "SEEDS=many"], ["SEEDS=many", "expected a int"]),
     (["gspo", "SEEDS=0"], ["SEEDS=1 or more"]),
@@ -87,6 +87,17 @@ def test_jobs_go_seed_by_seed(compare, tmp_path):
     jobs = compare.jobs_of({"SEEDS": 2, "OUTPUT": tmp_path}, ["gspo", "ppo"], ["MAX_STEPS=3"])
     assert jobs == [(name, tmp_path / f"{name}_seed{seed}", [f"SEED={seed}", "MAX_STEPS=3"])
                     for seed in (0, 1) for name in ("gspo", "ppo")]
+
+
+def test_each_script_is_asked_in_its_own_words(compare, tmp_path):
+    """A constant that a script has under another name is passed on under that name."""
+    jobs = compare.jobs_of({"SEEDS": 1, "OUTPUT": tmp_path}, ["gspo", "self_play"],
+                           ["MAX_STEPS=3", "GROUP_SIZE=4", "TEMPERATURE=0.9", "SEGMENT_END=a=b"])
+    assert [arguments[1:] for _, _, arguments in jobs] == [
+        ["MAX_STEPS=3", "GROUP_SIZE=4", "TEMPERATURE=0.9", "SEGMENT_END=a=b"],
+        ["SELF_PLAY_ROUNDS=3", "ROLLOUT_N=4", "ROLLOUT_TEMPERATURE=0.9", "SEGMENT_END=a=b"]]
+    sync = import_file(ROOT / "tools" / "sync.py", "sync_for_compare")
+    assert compare.RENAMED == sync.RENAMED
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["gspo", "-h"]])

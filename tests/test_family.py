@@ -1,5 +1,5 @@
-"""One house: what gspo.py, grpo.py, dapo.py and ppo.py share is the same, byte for byte, the tool
-that keeps it so works, and each of the scripts refuses, runs, writes and resumes as gspo.py does.
+"""One house: what gspo.py and the other scripts share is the same, byte for byte, the tool that
+keeps it so works, and each of the scripts refuses, runs, writes and resumes as gspo.py does.
 """
 
 import ast
@@ -9,6 +9,7 @@ import io
 import math
 import re
 import shutil
+import sys
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -18,10 +19,11 @@ from conftest import ROOT, import_file
 from safetensors.torch import load_file
 
 FOLDER = ROOT / "RL_HAND"
-NAMES = ["gspo", "grpo", "dapo", "ppo"]
+NAMES = ["gspo", "grpo", "dapo", "ppo", "gad", "self_play"]
 SCRIPTS = {name: FOLDER / name / f"{name}.py" for name in NAMES}
 OTHERS = NAMES[1:]
 SOURCES = {name: path.read_text(encoding="utf-8") for name, path in SCRIPTS.items()}
+sys.path.append(str(ROOT / "tools"))  # tables.py imports sync.py
 SYNC = import_file(ROOT / "tools" / "sync.py", "sync_under_test")
 TABLES = import_file(ROOT / "tools" / "tables.py", "tables_under_test")
 
@@ -46,6 +48,14 @@ def functions(source):
 
 
 FUNCTIONS = {name: functions(source) for name, source in SOURCES.items()}
+ORIGINALS = {name: SYNC.localised(SOURCES["gspo"], name, source) for name, source in
+             SOURCES.items()}  # gspo.py in the words of each script
+RATIOS = [name for name in NAMES if name != "self_play"]  # what has a ratio and clips it
+
+
+def in_words_of(name, arguments):
+    """A command line in which shared constants have the names that the script has for them."""
+    return [SYNC.renamed(argument, name) for argument in arguments]
 
 
 def constants(source):
@@ -77,7 +87,8 @@ def test_the_tool_finds_nothing_to_repair(capsys):
 @pytest.mark.parametrize("one, other", list(combinations(NAMES, 2)))
 def test_the_same_name_is_the_same_function(one, other):
     """Of any two scripts, not only of each and the original; but for the list with its reasons."""
-    ours, theirs = FUNCTIONS[one], FUNCTIONS[other]
+    ours = functions(SYNC.renamed(SOURCES[one], other))
+    theirs = functions(SYNC.renamed(SOURCES[other], one))
     shared = ours.keys() & theirs.keys()
     assert len(shared) > 80
     assert [name for name in shared if ours[name] != theirs[name] and name not in SYNC.OWN] == []
@@ -96,8 +107,7 @@ def test_no_exception_is_stale():
 def test_what_stands_below_the_line_is_the_same(name):
     """And it is most of the file; so are the requirements at its head."""
     parts = {}
-    for script in ("gspo", name):
-        source = SOURCES[script]
+    for script, source in (("gspo", ORIGINALS[name]), (name, SOURCES[name])):
         assert source.count(SYNC.LINE) == 1
         parts[script] = (source[source.index(SYNC.LINE):], source[:source.index('"""')])
     assert parts[name] == parts["gspo"]
@@ -112,12 +122,18 @@ def test_constants_outside_the_algorithm_are_the_same(name):
         return [(key, *value) for key, value in constants(source).items()
                 if value[0] != "Algorithm" and key != "EMBEDDED"]
 
-    assert outside(SOURCES[name]) == outside(SOURCES["gspo"])
-    assert len(outside(SOURCES[name])) > 40
+    ours, original = outside(SOURCES[name]), outside(SYNC.renamed(SOURCES["gspo"], name))
+    values = SYNC.OWN_VALUES.get(name, set())  # names that self_play's source gives other values
+    assert [row[:2] for row in ours] == [row[:2] for row in original]
+    assert {key for key, _, value in set(ours) ^ set(original)} == values
+    assert len(ours) > 40 and len(values) < 12
     own = {key for key, (group, _) in constants(SOURCES[name]).items() if group == "Algorithm"}
-    assert f"{name.upper()}_EPOCHS" in own and "CLIP_RANGE" in own
+    assert {"CLIP_RANGE", f"{name.upper()}_EPOCHS"} <= own or \
+        name == "self_play" and {"MARGIN", "TOTAL_EPOCHS"} <= own
+    own |= values
     theirs = {key for key, (group, _) in constants(SOURCES["gspo"]).items() if group == "Algorithm"}
-    ours, original = embedded(SOURCES[name]), embedded(SOURCES["gspo"])
+    theirs |= values
+    ours, original = embedded(SOURCES[name]), embedded(SYNC.renamed(SOURCES["gspo"], name))
     assert {key: value for key, value in ours.items() if key not in own} == \
         {key: value for key, value in original.items() if key not in theirs}
     assert ours.keys() <= constants(SOURCES[name]).keys()
@@ -128,9 +144,11 @@ def test_headings_stand_in_one_order():
     def headings(source):
         return re.findall(r"^# ={4,} (.+?) =+$", source, re.M)
 
-    expected = headings(SOURCES["gspo"])
-    assert len(expected) > 8
+    original = headings(SOURCES["gspo"])
+    assert len(original) > 8
     for name in OTHERS:
+        instead = {"Advantages": "Preferences"} if name == "self_play" else {}
+        expected = [instead.get(text, text) for text in original]
         assert [text for text in headings(SOURCES[name]) if text in expected] == expected
 
 
@@ -150,6 +168,9 @@ PLANTS = {  # what: (script, text of the script, what takes its place)
                                        '"""CLIP_RANGE as (low,high)."""'),
     "shared function of two scripts": ("grpo", "min(max(coefficient * factor, 0.01), 1.0)",
                                        "min(max(coefficient * factor, 0.02), 1.0)"),
+    "under another name": ("self_play", "    groups = rewards.reshape(-1, ROLLOUT_N)\n    metrics",
+                           "    groups = rewards.reshape(-1, GROUP_SIZE)\n    metrics"),
+    "value beside one's own": ("self_play", '"EVAL_QUESTIONS": 512', '"EVAL_QUESTIONS": 128'),
 }
 
 
@@ -179,7 +200,7 @@ def test_a_difference_is_named_and_repaired(copied, capsys, what):
     line = next(line for line in planted.splitlines() if line not in SOURCES[name].splitlines())
     assert f"\n-{line}\n" in printed
     assert copied[name].read_text(encoding="utf-8") == planted
-    assert SYNC.synchronised(planted, SOURCES["gspo"]) == SOURCES[name]
+    assert SYNC.synchronised(planted, ORIGINALS[name]) == SOURCES[name]
     assert not SYNC.main([])
     assert f"{name}.py" in capsys.readouterr().out
     for script, path in copied.items():
@@ -198,6 +219,20 @@ def test_what_is_an_algorithms_own_is_left_alone(copied, capsys):
     assert not SYNC.main(["--check"]) and not SYNC.main([])
     assert capsys.readouterr().out == ""
     assert copied["ppo"].read_text(encoding="utf-8") == source
+
+
+def test_a_scripts_own_values_of_shared_constants_are_left_alone(copied, capsys):
+    """Those of the list, in both profiles; and that it has none without a GPU."""
+    source = SOURCES["self_play"]
+    for text, instead in (("ROLLOUT_N = 8  # c", "ROLLOUT_N = 6  # C"),
+                          ('"SELF_PLAY_ROUNDS": 12', '"SELF_PLAY_ROUNDS": 13'),
+                          ('    "EVAL_EVERY": 2,\n', '    "EVAL_EVERY": 3,\n')):
+        assert source.count(text) == 1, text
+        source = source.replace(text, instead)
+    copied["self_play"].write_text(source, encoding="utf-8")
+    assert not SYNC.main(["--check"]) and not SYNC.main([])
+    assert capsys.readouterr().out == ""
+    assert copied["self_play"].read_text(encoding="utf-8") == source
 
 
 def test_a_change_of_the_original_goes_to_all(copied, capsys):
@@ -226,8 +261,9 @@ def test_the_tables_of_the_readmes_are_fresh(capsys):
 def test_a_stale_table_is_found_and_made_anew(name):
     """A constant's value and, where there is one, a line of the diff to another script."""
     text = (FOLDER / name / "README.md").read_text(encoding="utf-8")
-    assert TABLES.refreshed(text, SOURCES[name]) == text
-    row = next(line for line in text.splitlines() if line.startswith("| `CLIP_RANGE` |"))
+    assert TABLES.refreshed(text, SOURCES[name], name) == text
+    row = next(line for line in text.splitlines()
+               if line.startswith(("| `CLIP_RANGE` |", "| `MARGIN` |")))
     changed = [text.replace(row, row.replace("0.", "7."))]
     if name != "gspo":
         assert "<!-- diff " in text
@@ -236,7 +272,7 @@ def test_a_stale_table_is_found_and_made_anew(name):
         changed.append(text.replace(f"{line}\n", "", 1))
     for stale in changed:
         assert stale != text
-        assert TABLES.refreshed(stale, SOURCES[name]) == text
+        assert TABLES.refreshed(stale, SOURCES[name], name) == text
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -255,7 +291,7 @@ def test_own_metrics_are_explained(name):
     names = module.metric_names()
     assert len(set(names)) == len(names)
     drawn = {metric for _, curves in module.algorithm_panels() for metric in curves}
-    assert drawn and drawn <= set(module.algorithm_metrics())
+    assert drawn & set(module.algorithm_metrics()) and drawn <= set(names)
 
 
 # ======================================== The command line =======================================
@@ -309,6 +345,26 @@ REFUSALS = {
             ("TARGET_APPROX_KL=-1.0", ["TARGET_APPROX_KL", "0 or more"]),
             ("KL_COEF=-0.1", ["KL_COEF=-0.1", "0 or more"]),
             ("ADVANTAGE_TYPE=relative", ["ADVANTAGE_TYPE", "NAME=VALUE"])],
+    "self_play": [("PREFERENCE_LOSS=simpo", ["PREFERENCE_LOSS=simpo", "dpo, reference_free or"]),
+                  ("PREFERENCE_BETA=0.0", ["PREFERENCE_BETA=0.0", "more than 0"]),
+                  ("MARGIN=-0.1", ["MARGIN=-0.1", "0 or more"]),
+                  ("ROLLOUT_N=1", ["ROLLOUT_N=1", "2 or more"]),
+                  ("ROLLOUT_N=6", ["MINIBATCH=128", "multiple of ROLLOUT_N = 6"]),
+                  ("MICRO_BATCH=12", ["MICRO_BATCH=12", "multiple of ROLLOUT_N = 8"]),
+                  ("MINIBATCH=96", ["MINIBATCH=96", "TRAIN_BATCH_SIZE x ROLLOUT_N", "divisor"]),
+                  ("TOTAL_EPOCHS=0", ["TOTAL_EPOCHS=0", "1 or more"]),
+                  ("SELF_PLAY_ROUNDS=0", ["SELF_PLAY_ROUNDS=0", "1 or more"]),
+                  ("SAMPLE_AT_ONCE=0", ["SAMPLE_AT_ONCE=0", "1 or more"]),
+                  ("WATCH_QUESTIONS=-1", ["WATCH_QUESTIONS=-1", "0 or more"]),
+                  ("USE_SEQUENCE_LEVEL_REWARD=False", ["USE_SEQUENCE_LEVEL_REWARD", "True"]),
+                  ("REWARD_FUNC=nowhere.py", ["REWARD_FUNC=nowhere.py", "no such file"]),
+                  ("REWARD_FUNC=", ["REWARD_FUNC=''", "a file and a weight"]),
+                  ("REWARD_WEIGHTS={'verifier': 1.0}", ["REWARD_FUNC", "or neither"]),
+                  ("GROUP_SIZE=4", ["GROUP_SIZE", "NAME=VALUE"]),
+                  ("CLIP_RANGE=0.2", ["CLIP_RANGE", "NAME=VALUE"])],
+    "gad": [*SHARED_REFUSALS, *GROUPS[1:], ("GAD_EPOCHS=0", ["GAD_EPOCHS=0", "1 or more"]),
+            ("KL_COEF=-0.1", ["KL_COEF=-0.1", "0 or more"]),
+            ("ADVANTAGE_TYPE=relative", ["ADVANTAGE_TYPE", "NAME=VALUE"])],
 }
 
 
@@ -331,7 +387,7 @@ def test_constants_that_cannot_work(name, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RATIOS)
 def test_the_clip_range_is_a_number_or_a_pair(name):
     """Whichever of the two the script ships with."""
     module = fresh(name)
@@ -352,8 +408,10 @@ def test_ppo_needs_no_groups():
 
 SMALL = ["PROFILE=embedded", "DEVICE=cpu", "MAX_STEPS=2", "EVAL_QUESTIONS=8", "EVAL_EVERY=0",
          "BATCH_SIZE=4", "MINIBATCH=16", "SAVE_EVERY=1", "SHOW_SAMPLES=1"]
-OWN = {"grpo": [], "dapo": [], "ppo": ["CRITIC_WARMUP=1"]}
-NETWORKS = {"grpo": 2, "dapo": 1, "ppo": 3}  # policy; reference; critic
+OWN = {"grpo": [], "dapo": [], "ppo": ["CRITIC_WARMUP=1"], "self_play": ["WATCH_QUESTIONS=4"],
+       "gad": ["SEQKD_STEPS=0", "CRITIC_WARMUP=0", "ENTROPY_COEF=0.01"]}  # its stages: test_gad.py
+NETWORKS = {"grpo": 2, "dapo": 1, "ppo": 3, "self_play": 2,  # policy; reference; critic
+            "gad": 3}  # policy, reference, discriminator
 
 
 def started(name, *arguments, plot=True):
@@ -390,7 +448,8 @@ def ran(tmp_path_factory):
     def of(name):
         if name not in RUNS:
             folder = tmp_path_factory.mktemp(name) / "run"
-            RUNS[name] = started(name, *SMALL, *OWN[name], f"OUTPUT_DIR={folder}")
+            RUNS[name] = started(name, *in_words_of(name, SMALL), *OWN[name],
+                                 f"OUTPUT_DIR={folder}")
             RUNS[name].folder = folder
         return RUNS[name]
     return of
@@ -403,7 +462,8 @@ def test_metrics_of_a_run(ran, name):
     rows = read_metrics(run.folder)
     assert list(rows[0]) == run.module.metric_names()
     assert [row["step"] for row in rows] == ["0", "1", "2"]
-    own = run.module.algorithm_metrics()
+    own = [column for column in run.module.algorithm_metrics()
+           if column != "seqkd_loss"]  # of a stage that is left out here
     for row in rows[1:]:
         assert all(math.isfinite(float(row[column])) for column in own)
         assert 0 <= float(row["accuracy"]) <= 1 and float(row["num_tokens"]) > 100
@@ -412,7 +472,7 @@ def test_metrics_of_a_run(ran, name):
     assert not any(rows[0][column] for column in own)
     assert all(0 <= float(rows[step]["eval/accuracy"]) <= 1 for step in (0, 2))
     assert {"accuracy", "rewards/model", "rewards/verifier"} <= set(rows[0])
-    if name != "ppo":  # its policy is held in the first step
+    if name in ("grpo", "dapo"):  # PPO's policy is held in the first step; self-play has no ratio
         assert float(rows[1]["ratio/min"]) < 1 < float(rows[1]["ratio/max"])
 
 
@@ -430,6 +490,23 @@ def test_columns_of_dapo(ran):
         tokens += questions * 8  # every answer that was sampled has at least one token
         assert float(row["num_tokens"]) >= tokens
     assert {row["frac_reward_zero_std"] for row in rows[1:]} == {"0.0"}
+
+
+def test_columns_of_self_play(ran):
+    """The first round is played by the starting policy: no KL, and no gain on the watched pairs;
+    the second by what it left."""
+    rows = read_metrics(ran("self_play").folder)
+    first, second = ({name: float(text) for name, text in row.items() if text} for row in rows[1:])
+    assert first["kl_divergence"] == pytest.approx(0, abs=1e-4) and second["kl_divergence"] != 0
+    assert first["watched/implicit_accuracy"] == 0.5 != second["watched/implicit_accuracy"]
+    assert first["watched/chosen_logp"] != second["watched/chosen_logp"] < 0
+    for row in (first, second):
+        assert 0 < row["reward_mean"] == row["reward"] == pytest.approx(row["rewards/function"])
+        assert row["reward_mean"] <= row["reward_max"] <= 1
+        assert 0 < row["useful_prompts"] <= 1 and 0 < row["pairs_per_prompt"] <= 28
+        assert 0 <= row["preference_accuracy"] <= 1 and row["watched/rejected_logp"] < 0
+        assert row["loss"] == row["preference_loss"] > 0 and row["ranking_loss"] > 0
+        assert "kl" not in row and "advantage/mean" not in row and "ratio/min" not in row
 
 
 def test_columns_of_grpo(ran):
@@ -461,18 +538,24 @@ def test_files_of_a_run(ran, name):
     """What gspo.py leaves, and the critic's weights where there is a critic."""
     folder = ran(name).folder
     assert {p.name for p in folder.iterdir()} == {"epoch_0", "step_1", "step_2", "metrics.csv",
-                                                  "training_metrics.png"}
+                                                  "training_metrics.png"} ^ (
+        {"step_2", "adversarial"} if name == "gad" else set())  # its last stage's checkpoint
     assert (folder / "training_metrics.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    for checkpoint in (folder / "step_1", folder / "step_2"):
+    last = folder / ("adversarial" if name == "gad" else "step_2")
+    for checkpoint in (folder / "step_1", last):
         assert (checkpoint / "train_script.py").read_bytes() == SCRIPTS[name].read_bytes()
         assert (checkpoint / "critic.safetensors").exists() == (name == "ppo")
+        copied = checkpoint / "reward_function.py"
+        assert copied.exists() == (name == "self_play")
+        if copied.exists():
+            assert copied.read_bytes() == (SCRIPTS[name].parent / "reward_func.py").read_bytes()
         state = load_file(checkpoint / "trainer_state.safetensors")
         parts = {key.split(".")[0] for key in state if "." in key}
         held = name == "ppo" and checkpoint.name == "step_1"
-        assert parts == ({"critic"} if held else {"policy", "critic"} if name == "ppo"
-                         else {"policy"})
+        assert parts == ({"critic"} if held else {"policy", "critic"} if name == "ppo" else
+                         {"policy", "discriminator"} if name == "gad" else {"policy"})
     start, one, two = (load_file(path / "model.safetensors") for path in
-                       (ROOT / "data" / "policy", folder / "step_1", folder / "step_2"))
+                       (ROOT / "data" / "policy", folder / "step_1", last))
     assert start.keys() == one.keys() == two.keys()
     held = all(torch.equal(start[key], one[key]) for key in start)
     assert held == (name == "ppo")  # CRITIC_WARMUP=1: not a bit of it has moved
@@ -501,11 +584,14 @@ def test_networks_in_memory(ran, name):
     assert run.networks == NETWORKS[name]
     assert run.printed.startswith(f"{name}\n")
     assert ("and a frozen copy as the reference" in run.printed) == (name != "dapo")
-    epochs = run.module.constants()[f"{name.upper()}_EPOCHS"]
+    epochs = run.module.constants()["TOTAL_EPOCHS" if name == "self_play" else
+                                    f"{name.upper()}_EPOCHS"]
     assert f"{epochs} passes = {epochs * 2} updates per rollout" in run.printed
     algorithm = re.search(r"^  algorithm +(.+)$", run.printed, re.M)[1]
     assert {"grpo": "normalized advantages; KL 0.04", "dapo": "8 samplings at most; no KL",
-            "ppo": "GAE 1.0, 0.95; critic: "}[name] in algorithm
+            "ppo": "GAE 1.0, 0.95; critic: ",
+            "self_play": "dpo loss, beta 0.5, pairs more than 0.1",
+            "gad": "discriminator: policy, mean"}[name] in algorithm
 
 
 def numbers(folder):
@@ -515,7 +601,7 @@ def numbers(folder):
             for row in read_metrics(folder)]
 
 
-@pytest.mark.parametrize("name", ["dapo", "ppo"])
+@pytest.mark.parametrize("name", ["dapo", "ppo", "self_play"])
 def test_resumed_run_equals_the_uninterrupted_one(ran, name, tmp_path):
     """To the last bit: metrics, weights, optimisers, counters; for PPO the critic's as well, and
     the end of its warm-up falls into the resumed part; for DAPO the questions that the first step

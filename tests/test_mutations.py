@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, SCRIPT
 
 LOSS, BATCHING = "test_gspo_loss.py::", "test_gspo_batching.py::"
+SPEED = "test_speed_and_memory.py::"
 
 MUTATIONS = {  # name: (text, what takes its place, the test that must fail)
     "the ratio is the sum of the log-ratios": (
@@ -95,14 +96,16 @@ MUTATIONS = {  # name: (text, what takes its place, the test that must fail)
         "- ENTROPY_COEF * entropy", "+ ENTROPY_COEF * entropy",
         LOSS + "test_signs_of_the_three_terms"),
     "entropy carries no gradient": (
-        "- normaliser, normaliser - expected", "- normaliser, (normaliser - expected).detach()",
+        "centred = logits.sub_(expected[rows, None]).mul_(d_entropy[rows, None])",
+        "centred = torch.zeros_like(logits)",
         LOSS + "test_entropy_is_that_of_the_distribution"),
     "entropy is -log p of the drawn token": (
-        "- normaliser, normaliser - expected",
-        "- normaliser, normaliser - logits.gather(1, ids[:, None])[:, 0]",
+        "return chosen - lse, lse - expected", "return chosen - lse, lse - chosen",
         LOSS + "test_entropy_is_that_of_the_distribution"),
     "scoring forgets the temperature": (
-        "head(model, states) / TEMPERATURE", "head(model, states)",
+        "logits = product(states[rows], weight[columns].T) / TEMPERATURE        # (r, c)\n"
+        "            new =",
+        "logits = product(states[rows], weight[columns].T)\n            new =",
         BATCHING + "test_the_sampled_distribution_is_the_scored_one"),
     "sampling forgets the temperature": (
         "/ (temperature or 1.0)", "/ 1.0",
@@ -115,8 +118,8 @@ MUTATIONS = {  # name: (text, what takes its place, the test that must fail)
         "ordered.cumsum(-1) - ordered >= top_p", "ordered.cumsum(-1) >= top_p",
         BATCHING + "test_nucleus"),
     "the end token is not scored": (
-        "mask[live, t] = running.float()",
-        "mask[live, t] = (running & ~torch.isin(token, ends)).float()",
+        "self.mask.index_put_(where, running.float())",
+        "self.mask.index_put_(where, (running & ~torch.isin(token, self.ends)).float())",
         BATCHING + "test_the_mask_ends_with_the_first_end_token"),
     "only the tokenizer's end id ends a completion": (
         "[*configured, tokenizer.eos_token_id]", "[tokenizer.eos_token_id]",
@@ -138,8 +141,8 @@ MUTATIONS = {  # name: (text, what takes its place, the test that must fail)
         "positions(seen), cache)[:, -1:]", "positions(seen), cache)[:, -1:].detach()",
         BATCHING + "test_gradient_with_shared_prompts_is_that_of_plain_forward_passes"),
     "rows that stay lose their own cache": (
-        "cache.batch_select_indices(running.nonzero()[:, 0])",
-        "cache.batch_select_indices(torch.arange(left))",
+        "(self.row, self.token, self.place, self.seen, *self.cache.buffers())",
+        "(self.row, self.token, self.place, self.seen)",
         BATCHING + "test_dropping_finished_rows_changes_nothing"),
     "groups are mixed": (
         ".repeat_interleave(group_size)", ".repeat(group_size)",
@@ -152,9 +155,41 @@ MUTATIONS = {  # name: (text, what takes its place, the test that must fail)
         'exact = DTYPE == "float32"', "exact = True",
         BATCHING + "test_bfloat16_rescores_the_old_log_probs"),
     "log-probs in bfloat16": (
-        "with torch.autocast(hidden.device.type, enabled=False):",
-        "with torch.autocast(hidden.device.type, torch.bfloat16):",
+        "return a.float() @ b.float()", "return (a.bfloat16() @ b.bfloat16()).float()",
         BATCHING + "test_batched_scores_are_those_of_plain_forward_passes"),
+    "tiles forget what the tiles before had summed": (
+        "total[rows] = total[rows] * shrink + weights.sum(1)",
+        "total[rows] = total[rows] + weights.sum(1)",
+        SPEED + "test_tiles_give_the_plain_values_and_gradients"),
+    "only the first tile of the head gets a gradient": (
+        "d_weight[columns] += product(d_logits.T, states[rows])",
+        "d_weight[:len(d_logits.T)] += product(d_logits.T, states[rows])",
+        SPEED + "test_tiles_give_the_plain_values_and_gradients"),
+    "bfloat16 sums are rounded": (
+        "return a.float() @ b.float()",
+        "return (a @ b).float()",
+        SPEED + "test_in_bfloat16_only_the_inputs_are_rounded"),
+    "the decoder decides on the host": (
+        "running = ~self.ended.index_select(0, row)",
+        "running = ~self.ended.index_select(0, row) if self.count else bool(self.ended.any())\n"
+        "        self.token[0] = int(token[0])",
+        SPEED + "test_a_step_can_be_captured_and_replayed"),
+    "a step makes a buffer anew": (
+        "self.column += 1\n", "self.column = self.column + 1\n",
+        SPEED + "test_a_step_can_be_captured_and_replayed"),
+    "chance is drawn for the rows that are left": (
+        "chance = self.chance.index_select(1, self.t)[:, 0].index_select(0, row)",
+        "chance = self.chance.index_select(1, self.t)[:n, 0]",
+        SPEED + "test_a_row_does_not_depend_on_what_is_decoded_beside_it"),
+    "the decoding copy stays as it was loaded": (
+        "weights[name.replace(\".base_layer\", \"\")].copy_(parameter)", "pass",
+        SPEED + "test_the_decoding_copy_follows_the_weights"),
+    "the decoding copy is without the adapter": (
+        "weights[f\"{name}.weight\"] += module.get_delta_weight(\"default\")", "pass",
+        SPEED + "test_the_decoding_copy_has_the_adapter_merged"),
+    "the reference keeps the adapter on": (
+        "run.policy.disable_adapters()", "run.policy.enable_adapters()",
+        SPEED + "test_the_reference_of_lora_is_the_base_model"),
 }
 
 

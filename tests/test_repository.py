@@ -16,7 +16,7 @@ from decimal import Decimal
 
 import pandas as pd
 import pytest
-from conftest import ROOT, SCRIPT
+from conftest import ROOT, SCRIPT, import_file
 
 SOURCE = SCRIPT.read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
@@ -29,7 +29,7 @@ GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
 HEADINGS = ["Constants", "Training", "Advantages", "Loss",
             "The algorithm ends here. From here on the scripts are the same: you may stop reading.",
             "Rollout", "Log-probabilities", "Reward", "Data", "Evaluation",
-            "Checkpoints and plots", "Command line"]
+            "Checkpoints and plots", "Several processes", "Command line"]
 GROUPS = ["Model", "Data", "Sampling", "Reward", "Optimisation", "Algorithm", "Evaluation",
           "Output"]
 DEFAULTS = {  # the constants asked for, with their values; CLIP_RANGE has the paper's instead
@@ -251,8 +251,9 @@ def test_requirements_are_pinned():
 
 
 def test_the_script_imports_only_what_it_requires():
-    """safetensors comes with transformers; tensorboard is optional, imported where it is used."""
-    allowed = {line.split("==")[0] for line in pins("requirements.txt")} | {"safetensors"}
+    """safetensors comes with transformers; tensorboard (a part of torch's name) and peft are
+    optional, imported where they are used."""
+    allowed = {line.split("==")[0] for line in pins("requirements.txt")} | {"safetensors", "peft"}
     for node in ast.walk(TREE):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
             [node.module] if isinstance(node, ast.ImportFrom) else []
@@ -260,7 +261,7 @@ def test_the_script_imports_only_what_it_requires():
             assert name.split(".")[0] in allowed | set(sys.stdlib_module_names), name
     top = {alias.name for node in TREE.body if isinstance(node, (ast.Import, ast.ImportFrom))
            for alias in node.names}
-    assert "SummaryWriter" not in top
+    assert not {"SummaryWriter", "LoraConfig"} & top
 
 
 # ---- The repository
@@ -400,7 +401,8 @@ def test_the_table_of_equations_names_what_exists(gspo):
 
 
 PAGES = ["README.md", "RL_HAND/gspo/README.md", "RL_HAND/gspo/IMPLEMENTATION_SUMMARY.md",
-         "data/README.md"]
+         "RL_HAND/self_play/README.md", "RL_HAND/self_play/IMPLEMENTATION_SUMMARY.md",
+         "data/README.md", "RL_HAND/gad/README.md", "RL_HAND/gad/IMPLEMENTATION_SUMMARY.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -417,7 +419,7 @@ def test_pages_are_finished_and_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_in_the_pages_would_run(page, gspo):
+def test_commands_in_the_pages_would_run(page):
     """make's targets exist; scripts exist; constants set on the command line are accepted."""
     text = markdown(ROOT / page)
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -427,11 +429,12 @@ def test_commands_in_the_pages_would_run(page, gspo):
                 assert made.group(1) in targets, line
             if script := re.match(r"(?:\S*python|uv run) (\S+\.py)(.*)", line):
                 assert (ROOT / script.group(1)).is_file(), line
-                if script.group(1).endswith("gspo.py"):
+                if script.group(1).endswith(("gspo.py", "gad.py", "self_play.py")):
+                    module = import_file(ROOT / script.group(1), "script_of_a_page")
                     arguments = script.group(2).split("  #")[0]
                     for quoted, plain in re.findall(r'"([^"]*)"|([A-Z_a-z]+=[^\s"]+)', arguments):
-                        name, _ = gspo.parse_override(quoted or plain)
-                        assert name in gspo.constants(), line
+                        name, _ = module.parse_override(quoted or plain)
+                        assert name in module.constants(), line
 
 
 # ---- Numbers in answers
@@ -494,8 +497,9 @@ def test_a_hub_path_goes_to_pandas_as_it_is(gspo, monkeypatch):
         return pd.DataFrame({"question": ["1+1?"], "answer": ["2"]})
 
     monkeypatch.setattr(gspo.pd, "read_parquet", read_parquet)
-    for datasets in (gspo.train_datasets, gspo.eval_datasets):
-        assert gspo.load_rows(datasets, "train_datasets") == [{"question": "1+1?", "answer": "2"}]
+    row = {"question": "1+1?", "answer": "2"}
+    assert gspo.load_rows(gspo.train_datasets, "train_datasets") == [row | {"teacher": "2"}]
+    assert gspo.load_rows(gspo.eval_datasets, "eval_datasets") == [row]
     assert asked == ["hf://datasets/openai/gsm8k/main/train-00000-of-00001.parquet",
                      "hf://datasets/openai/gsm8k/main/test-00000-of-00001.parquet"]
 
@@ -526,6 +530,21 @@ def test_several_entries_and_patterns(gspo, tmp_path):
         pd.DataFrame({"question": [name], "answer": ["1"]}).to_parquet(tmp_path / f"{name}.parquet")
     rows = gspo.load_rows([entry(tmp_path / "b*.parquet"), entry(tmp_path / "a.parquet")], "data")
     assert [row["question"] for row in rows] == ["b1", "b2", "a"]
+
+
+def test_a_teachers_texts(gspo, tmp_path):
+    """A third column, where an entry names one; it must be there and hold texts."""
+    path = tmp_path / "t.parquet"
+    pd.DataFrame({"question": ["1+1?"], "answer": ["2"], "said": ["1+1=2"],
+                  "none": [None], "list": [[1]]}).to_parquet(path)
+    rows = gspo.load_rows([entry(path) | {"teacher": "said"}, entry(path)], "train_datasets")
+    assert rows == [{"question": "1+1?", "answer": "2", "teacher": "1+1=2"},
+                    {"question": "1+1?", "answer": "2"}]
+    for column, words in (("missing", "no column 'missing'"), ("none", "1 empty values"),
+                          ("list", "expected text")):
+        with pytest.raises(SystemExit) as stop:
+            gspo.load_rows([entry(path) | {"teacher": column}], "train_datasets")
+        assert words in str(stop.value.code) and "\n" not in stop.value.code
 
 
 def test_embedded_data_loads_from_anywhere(embedded, tmp_path, monkeypatch):

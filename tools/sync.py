@@ -5,7 +5,9 @@
 
 Shared are: everything below the line "The algorithm ends here"; the constants outside the
 Algorithm group; every top-level function or class above the line whose name stands in several
-scripts, unless it is listed in OWN with the reason why scripts differ in it.
+scripts, unless it is listed in OWN with the reason why scripts differ in it. A script whose source
+has names of its own for shared constants keeps them (RENAMED), and the values that go with another
+shape of training (OWN_VALUES).
 """
 
 import ast
@@ -29,13 +31,42 @@ OWN = {  # name -> why it differs between scripts
     "algorithm_panels": "what there is to be drawn differs",
 }
 OWN_EMBEDDED = {"GSPO_EPOCHS", "GRPO_EPOCHS", "DAPO_EPOCHS", "PPO_EPOCHS", "TARGET_KL",
-                "OVERLONG_CACHE", "CRITIC_LEARNING_RATE", "CRITIC_WARMUP"}  # of the Algorithm group
+                "OVERLONG_CACHE", "CRITIC_LEARNING_RATE", "CRITIC_WARMUP",
+                "ROLLOUT_TEMPERATURE", "SELF_PLAY_ROUNDS", "TOTAL_EPOCHS",
+                "SAMPLE_AT_ONCE", "GAD_EPOCHS", "SEQKD_STEPS", "SEQKD_BATCH",
+                "SEQKD_LEARNING_RATE", "WARMUP_BATCH",
+                "DISCRIMINATOR_LEARNING_RATE"}  # of the Algorithm group, or in OWN_VALUES
+RENAMED = next(  # script -> shared name -> its name
+    ast.literal_eval(node.value)
+    for node in ast.parse((ROOT / "RL_HAND" / "compare.py").read_text(encoding="utf-8")).body
+    if isinstance(node, ast.Assign) and node.targets[0].id == "RENAMED")
+OWN_VALUES = {"self_play": {  # a few large rounds that its reward function scores
+    "TRAIN_BATCH_SIZE", "ROLLOUT_N", "ROLLOUT_TEMPERATURE", "SELF_PLAY_ROUNDS", "NUM_EPOCHS",
+    "REWARD_FUNC", "REWARD_WEIGHTS", "MINIBATCH", "MICRO_BATCH", "EVAL_EVERY"}}
 
 
 def scripts():
     """The scripts that share with the original."""
     return [path for path in sorted((ROOT / "RL_HAND").glob("*/*.py"))
             if path.stem == path.parent.name and path != ORIGINAL]
+
+
+def renamed(source, name):
+    """The original's text with the names that the script `name` has for shared constants."""
+    for ours, theirs in RENAMED.get(name, {}).items():
+        source = re.sub(rf"\b{ours}\b", theirs, source)
+    return source
+
+
+def localised(original, name, source):
+    """The original as the script `name` shares it: with its names, and its lines of OWN_VALUES."""
+    original = renamed(original, name)
+    for constant in OWN_VALUES.get(name, ()):
+        for start in (f"{constant} = ", f'    "{constant}": '):
+            line = re.compile(rf"^{re.escape(start)}.*\n", re.M)
+            own = line.search(source)
+            original = line.sub(lambda _: own[0] if own else "", original, count=1)
+    return original
 
 
 def functions(source):
@@ -86,7 +117,7 @@ def main(arguments):
     original, stale = ORIGINAL.read_text(encoding="utf-8"), 0
     for path in scripts():
         source = path.read_text(encoding="utf-8")
-        wanted = synchronised(source, original)
+        wanted = synchronised(source, localised(original, path.stem, source))
         if wanted == source:
             continue
         stale += 1

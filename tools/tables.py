@@ -3,6 +3,7 @@
     python tools/tables.py           # rewrite what is stale
     python tools/tables.py --check   # exit status 1 if anything is stale
 
+Shared constants that a script has under another name (tools/sync.py) do not count as a difference.
 Between <!-- constants --> and <!-- end --> stand the script's constants in both profiles; between
 <!-- diff NAME --> and <!-- end -->, how the script differs from that one.
 """
@@ -12,6 +13,8 @@ import difflib
 import re
 import sys
 from pathlib import Path
+
+from sync import renamed
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,11 +50,12 @@ def difference(source, other):
             f"```diff\n{body}\n```\n\n</details>")
 
 
-def refreshed(readme, source):
-    """The README's text with its generated parts made anew."""
+def refreshed(readme, source, name=""):
+    """The README's text with its generated parts made anew; `name` is the script's."""
     def diff(found):
         other = ROOT / "RL_HAND" / found[2] / f"{found[2]}.py"
-        return found[1] + difference(source, other.read_text(encoding="utf-8")) + "\n" + found[3]
+        other = renamed(other.read_text(encoding="utf-8"), name)
+        return found[1] + difference(source, other) + "\n" + found[3]
 
     readme = re.sub(r"(<!-- diff (\w+) -->\n).*?(<!-- end -->)", diff, readme, flags=re.S)
     return re.sub(r"(<!-- constants -->\n).*?(<!-- end -->)",
@@ -67,7 +71,7 @@ def main(arguments):
         if script.stem != script.parent.name or not readme.exists():
             continue
         text = readme.read_text(encoding="utf-8")
-        new = refreshed(text, script.read_text(encoding="utf-8"))
+        new = refreshed(text, script.read_text(encoding="utf-8"), script.stem)
         if new != text:
             stale.append(str(readme.relative_to(ROOT)))
             if "--check" not in arguments:
