@@ -1590,6 +1590,7 @@ def write_metrics(run, metrics):
     if run.board is not None:
         for name, value in metrics.items():
             run.board.add_scalar(name, value, metrics["step"])
+        run.board.flush()
 
 
 def save_checkpoint(run, name):
@@ -1793,7 +1794,7 @@ def data_parallel(module):
     """From now on the processes' gradients of this module are averaged, if there are several."""
     if process()[1] > 1 and trainable(module):  # not a submodule: the engine holds the module
         vars(module)["engine"] = DistributedDataParallel(
-            Through(module), broadcast_buffers=False, gradient_as_bucket_view=True)
+            Through(module), gradient_as_bucket_view=True)
 
 
 def through(module, function, *arguments):
@@ -1819,6 +1820,17 @@ def join_processes():
     dist.init_process_group("gloo" if DEVICE == "cpu" else "nccl")
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def leave_processes():
+    """The last act of a run of several processes. DistributedDataParallel keeps gloo's threads
+    alive beyond destroy_process_group(), and one that wants the interpreter while Python shuts it
+    down aborts the process: so nothing is shut down."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def tell_all(value):
@@ -2220,7 +2232,7 @@ def start(arguments):
               scorers, policy, {"policy": (policy, new_optimizer(policy, LEARNING_RATE))},
               tokenizer, torch.Generator(DEVICE).manual_seed(SEED),
               torch.Generator().manual_seed(SEED), steps_per_epoch, total_steps,
-              board=board and board(folder))
+              board=board(folder) if board and not process()[0] else None)
     prepare(run)
     if RESUME_FROM:
         load_checkpoint(run, Path(RESUME_FROM))
@@ -2346,6 +2358,8 @@ def main(arguments):
         with tqdm(total=run.total_steps, initial=run.step, unit="step", ncols=120,
                   disable=bool(process()[0])) as run.bar:
             train(run)
+        if process()[1] > 1:
+            dist.barrier()  # nobody leaves while another still draws and writes
     except KeyboardInterrupt:
         if run is not None:
             plot_metrics(run)
@@ -2363,8 +2377,7 @@ def main(arguments):
                          f"{where_to_resume(run)}") from None
     print(f"{run.total_steps} steps, {time.perf_counter() - began:.0f} s. In {run.folder}: "
           "training_metrics.png, metrics.csv, and the checkpoints")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()
 
 
 def where_to_resume(run):
