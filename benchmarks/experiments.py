@@ -64,6 +64,7 @@ def gad_data(teacher, path="data/train.parquet"):
 
 CARELESS = gad_data("teacher_response", "runs/experiments/data/careless.parquet")
 FEW = gad_data("teacher_response", "runs/experiments/data/few.parquet")
+UNANSWERED = gad_data("teacher_response", "runs/experiments/data/unanswered.parquet")
 BOTH = gad_data("teacher_response")[:-1] + ", " + gad_data("teacher_talkative")[16:]
 ALONE, TALKATIVE = "SEQKD_STEPS=100", gad_data("teacher_talkative")
 SATURATED = ["MAX_STEPS=60", "SEQKD_STEPS=0", "CRITIC_WARMUP=10", "KL_COEF=0.05", TALKATIVE]
@@ -78,13 +79,16 @@ GAD = {  # experiment -> {what a variant is called: its constants}
         "no signal": ["TEMPERATURE=0.3"]},
     "gad_teachers": {
         "GAD, careless teacher": [CARELESS], "SeqKD, careless teacher": [CARELESS, ALONE],
-        "GAD, 64 texts": [FEW, "NUM_EPOCHS=25"],
-        "SeqKD, 64 texts": [FEW, "NUM_EPOCHS=25", ALONE],
         "GAD, two right texts": [BOTH],
         "GAD after 100 steps of SeqKD, two right texts": [BOTH, ALONE],
         "SeqKD, two right texts": [BOTH, "NUM_EPOCHS=4", "SEQKD_STEPS=400"],
         "GAD, a D that can add": ["DISCRIMINATOR=data/reward_model",
                                   "DISCRIMINATOR_LEARNING_RATE=1e-4", "CRITIC_WARMUP=10"]},
+    "gad_few": {
+        "SeqKD, 64 texts": [FEW, "NUM_EPOCHS=25", ALONE],
+        "GAD, 64 texts": [FEW, "NUM_EPOCHS=25"],
+        "GAD, 64 texts and 800 questions": [UNANSWERED],
+        "SeqKD to the end, then that game": [UNANSWERED, ALONE, "NUM_EPOCHS=4"]},
     "gad_remedies": {
         "saturated gap": SATURATED,
         "labels smoothed": [*SATURATED, "LABEL_SMOOTHING=0.1"],
@@ -100,7 +104,7 @@ GAD = {  # experiment -> {what a variant is called: its constants}
         "D's learning rate 1e-4": ["DISCRIMINATOR_LEARNING_RATE=1e-4"]},
 }
 EXPERIMENTS |= {name: ([("gad", constants) for constants in variants.values()],
-                       3 if name == "gad" else 1)
+                       1 if name in ("gad_remedies", "gad_variations") else 3)
                 for name, variants in GAD.items()}
 FIGURES |= {name: ROOT / "RL_HAND" / "gad" / "images" for name in GAD}
 
@@ -273,13 +277,15 @@ def preference_details(compare, table):
 def make_gad_data():
     """Two more teachers. A careless one, whose answers are worked out as well, but with one digit
     in ten wrong wherever it stands: 0.76 of them come out right. And one who has answered only the
-    first 64 questions."""
+    first 64 questions, with those questions alone or with all."""
     build = import_file(ROOT / "data" / "build.py")
     table = pd.read_parquet(ROOT / "data" / "train.parquet",
                             columns=["question", "answer", "teacher_response"])
     folder, rng = RUNS / "data", random.Random("careless")
     folder.mkdir(parents=True, exist_ok=True)
     table.head(64).to_parquet(folder / "few.parquet")
+    texts = table["teacher_response"].where(table.index < 64, "")
+    table.assign(teacher_response=texts).to_parquet(folder / "unanswered.parquet")
     answers = []
     for question in table["question"]:
         minus = any(word in question for word in ("minus", "Subtract", "-", "difference", "sells",

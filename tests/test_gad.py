@@ -157,7 +157,8 @@ def small_game(gad, monkeypatch, step=0, same=(2,), **constants):
     torch.nn.init.normal_(discriminator.head.weight)
     prompts, batch = small_batch(gad)
     teachers = [[5, 6, 7, 1], [8, 1], [9, 10, 11, 12, 1]]
-    rows = [{"question": f"q{i}", "prompt_ids": p, "teacher_ids": t, "answer": "1"}
+    rows = [{"question": f"q{i}", "prompt_ids": p, "teacher_ids": t, "has_teacher": True,
+             "answer": "1"}
             for i, (p, t) in enumerate(zip(prompts, teachers))]
     for i in same:
         ids = teachers[int(batch.prompt_index[i])]
@@ -216,7 +217,30 @@ def test_no_pair_at_all(gad, monkeypatch):
     scores, metrics = gad.discriminator_step(run, rows, batch)
     assert steps[0].loss == 0.0 and not any(g.any() for g in steps[0].gradients)
     assert metrics == {"d_grad_norm": 1.0, "matches_teacher": 1.0}
-    assert scores.isfinite().all()
+    assert scores.isfinite().all() and steps[0].frozen  # momentum would move D without a pair
+
+
+@pytest.mark.parametrize("micro_batch", [1, 64])
+def test_a_question_without_a_text_makes_no_pair(gad, monkeypatch, micro_batch):
+    """Its answers have D's scores, and neither loss, gradient nor metrics know of them."""
+    run, rows, batch, steps = small_game(gad, monkeypatch, MICRO_BATCH=micro_batch)
+    rows[1] |= {"teacher_ids": [1], "has_teacher": False}
+    without = [i for i, question in enumerate(batch.prompt_index.tolist()) if question == 1]
+    student, teacher, loss, gradients = slow_game(gad, run, rows, batch, same=(2, *without))
+    scores, metrics = gad.discriminator_step(run, rows, batch)
+    torch.testing.assert_close(scores, student, rtol=0, atol=1e-5)
+    assert steps[0].loss == pytest.approx(loss, rel=1e-4)
+    for ours, theirs in zip(steps[0].gradients, gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    answered = [i for i in range(6) if i not in without]
+    others = [i for i in answered if i != 2]
+    assert metrics["matches_teacher"] == pytest.approx((2 in answered) / len(answered))
+    assert metrics["score_gap"] == pytest.approx((teacher - student)[others].mean().item())
+    for row in rows:
+        row["has_teacher"] = False
+    scores, metrics = gad.discriminator_step(run, rows, batch)
+    torch.testing.assert_close(scores, student, rtol=0, atol=1e-5)
+    assert metrics == {"d_grad_norm": 1.0} and steps[1].frozen
 
 
 def test_at_first_all_are_equal_and_ties_count_half(gad, monkeypatch):
@@ -301,19 +325,43 @@ def test_the_policy_loss_is_that_of_gspo(gad, clip, spread):
 
 
 def test_teachers_texts_become_tokens(gad, capsys, monkeypatch):
-    """With the end token; those that are empty, or too long with it, are dropped and counted."""
+    """With the end token; those that are empty, or too long with it, are none, and counted."""
     monkeypatch.setattr(gad, "MAX_NEW_TOKENS", 4)
     rows = [{"teacher": text} for text in ("5 6 7", "5 6 7 8", "", "  ", " 9\n")]
-    kept = gad.with_teachers(rows, Tokenizer())
-    assert [row["teacher_ids"] for row in kept] == [[5, 6, 7, 1], [9, 1]]
+    made = gad.with_teachers(rows, Tokenizer())
+    assert [row["teacher_ids"] for row in made] == [[5, 6, 7, 1], [1], [1], [1], [9, 1]]
+    assert [row["has_teacher"] for row in made] == [True, False, False, False, True]
     assert capsys.readouterr().out == (
-        "train_datasets: dropped 3 of 5 teacher's texts: 2 empty, 1 longer than MAX_NEW_TOKENS = 4 "
-        "with the end token\n")
-    assert gad.with_teachers(rows[:1], Tokenizer()) == kept[:1]
+        "train_datasets: 3 of 5 questions have no teacher's text (2 empty, 1 longer than "
+        "MAX_NEW_TOKENS = 4 with the end token): they are asked in stage 3 only\n")
+    assert gad.with_teachers(rows[:1], Tokenizer()) == made[:1]
     assert capsys.readouterr().out == ""
     with pytest.raises(SystemExit) as stop:
         gad.with_teachers(rows[1:4], Tokenizer())
     assert stop.value.code.startswith("error: train_datasets") and "MAX_NEW" in stop.value.code
+
+
+def test_questions_without_a_text_are_asked_in_stage_3_only(gad, monkeypatch):
+    """And there all are, in the order of one pass over all."""
+    for name, value in {"SEQKD_STEPS": 4, "CRITIC_WARMUP": 4}.items():
+        monkeypatch.setattr(gad, name, value)
+    asked = {1: [], 2: [], 3: []}
+
+    def step_of(stage):
+        def one_step(run):
+            asked[stage] += [row["question"] for row in gad.next_questions(run, 2)]
+            return {}
+        return one_step
+
+    for stage, name in {1: "seqkd_step", 2: "warmup_step", 3: "adversarial_step"}.items():
+        monkeypatch.setattr(gad, name, step_of(stage))
+    monkeypatch.setattr(gad, "begin_game", lambda run: None)
+    monkeypatch.setattr(gad, "finish_step", lambda run, *_: setattr(run, "step", run.step + 1))
+    run = SimpleNamespace(step=0, total_steps=16, questions=0, train_rows=[
+        {"question": i, "has_teacher": i % 4 == 0} for i in range(16)])
+    gad.train(run)
+    assert set(asked[1]) == set(asked[2]) == {0, 4, 8, 12} and len(asked[1] + asked[2]) == 16
+    assert sorted(asked[3]) == list(range(16))
 
 
 def test_teachers_answers_are_a_batch(gad, monkeypatch):
@@ -589,7 +637,7 @@ MUTATIONS = {  # name: (text, what takes its place, test, its parameters)
         "(discriminator_loss(theirs - ours)", "(discriminator_loss(ours - theirs)",
         test_discriminator_step_is_that_of_the_equation, {"micro_batch": 64}),
     "equal texts are pairs": (
-        "text != wanted[i] for", "True or wanted[i] for",
+        "pairs = answered & ~matches", "pairs = answered",
         test_discriminator_step_is_that_of_the_equation, {"micro_batch": 64}),
     "a mean for each micro-batch": (
         "* pairs[mine]).sum() / count", "* pairs[mine]).sum() / pairs[mine].sum().clamp(min=1)",
@@ -622,11 +670,14 @@ MUTATIONS = {  # name: (text, what takes its place, test, its parameters)
         "mixed = right[:, :, None] > right[:, None, :]",
         "mixed = right[:, :, None] < right[:, None, :]", test_signal_by_hand, {}),
     "the teacher's end token is missing": (
-        '"teacher_ids": [*i, tokenizer.eos_token_id]', '"teacher_ids": [*i]',
+        '"teacher_ids": [*(i if has else []), tokenizer.eos_token_id]', '"teacher_ids": [*i]',
         test_teachers_texts_become_tokens, {}),
     "the discriminator is frozen in the warm-up": (
         "stage_of(run.step) < 3 or DISCRIMINATOR_EVERY", "DISCRIMINATOR_EVERY",
         test_when_the_discriminator_is_frozen, {"step": 7, "every": 0, "frozen": False}),
+    "no text is a text": (
+        "pairs = answered & ~matches", "pairs = ~matches",
+        test_a_question_without_a_text_makes_no_pair, {"micro_batch": 64}),
     "SeqKD's loss has the wrong sign": (
         "(-logps * micro.weights).sum().backward()", "(logps * micro.weights).sum().backward()",
         test_seqkd_is_the_mean_cross_entropy, {}),

@@ -198,8 +198,11 @@ EMBEDDED = {  # for a machine without a GPU: a 0.5 M Qwen3 and a 0.6 M DeBERTa o
 
 def train(run):
     """The three stages. `run` (see `start`) holds the models, the data and the run's folder."""
+    asked = run.train_rows
+    answered = [row for row in asked if row["has_teacher"]]
     while run.step < run.total_steps:
         stage = stage_of(run.step)
+        run.train_rows = asked if stage == 3 else answered
         if run.step == SEQKD_STEPS:
             begin_game(run)
         name, one_step = {1: ("seqkd", seqkd_step), 2: ("warmup", warmup_step),
@@ -302,24 +305,27 @@ def stage_of(step):
 
 
 def with_teachers(rows, tokenizer):
-    """The rows with `teacher_ids`, the tokens of the teacher's text and the end token, less those
-    that are empty or longer than MAX_NEW_TOKENS: such an answer the student could never give."""
+    """The rows with `teacher_ids`, the tokens of the teacher's text and the end token. A text that
+    is empty counts as none, and so does one longer than MAX_NEW_TOKENS, for such an answer the
+    student could never give: only stage 3 asks these questions (`has_teacher` is False)."""
     ids = tokenizer([row["teacher"].strip() for row in rows], add_special_tokens=False)["input_ids"]
-    kept = [row | {"teacher_ids": [*i, tokenizer.eos_token_id]} for row, i in zip(rows, ids)
-            if 0 < len(i) < MAX_NEW_TOKENS]
-    if len(kept) < len(rows):
+    usable = [0 < len(i) < MAX_NEW_TOKENS for i in ids]
+    if not all(usable):
         empty = sum(not i for i in ids)
-        print(f"train_datasets: dropped {len(rows) - len(kept)} of {len(rows)} teacher's texts: "
-              f"{empty} empty, {len(rows) - len(kept) - empty} longer than MAX_NEW_TOKENS = "
-              f"{MAX_NEW_TOKENS} with the end token")
-    if not kept:
+        none = len(rows) - sum(usable)
+        print(f"train_datasets: {none} of {len(rows)} questions have no teacher's text ({empty} "
+              f"empty, {none - empty} longer than MAX_NEW_TOKENS = {MAX_NEW_TOKENS} with the end "
+              "token): they are asked in stage 3 only")
+    if not any(usable):
         fail("train_datasets: no teacher's text is left; expected texts of at most MAX_NEW_TOKENS "
              f"= {MAX_NEW_TOKENS} tokens: raise it")
-    return kept
+    return [row | {"has_teacher": has, "teacher_ids": [*(i if has else []), tokenizer.eos_token_id]}
+            for row, i, has in zip(rows, ids, usable)]
 
 
 def teacher_answers(run, rows):
-    """The teacher's answers to the rows' questions, one each, as a Batch."""
+    """The teacher's answers to the rows' questions, one each (where there is none, an end token),
+    as a Batch."""
     device, pad = run.policy.device, run.tokenizer.pad_token_id
     prompt_ids, prompt_mask = left_pad([row["prompt_ids"] for row in rows], pad, device)
     texts = [torch.tensor(row["teacher_ids"], device=device) for row in rows]
@@ -405,14 +411,17 @@ def discriminator_step(run, rows, batch):
     D's scores (B,) as they were before the step, and the metrics of the game.
 
     An answer that is the teacher's word for word makes no pair: there is nothing to tell apart.
+    Nor does one to a question without a teacher's text; its score is D's all the same.
     """
     discriminator, meter = run.trained["discriminator"][0], Meter()
     teachers, question = teacher_answers(run, rows), batch.prompt_index
     wanted = decode(run.tokenizer, completion_tokens(teachers))
     said = decode(run.tokenizer, completion_tokens(batch))
-    pairs = torch.tensor([text != wanted[i] for text, i in zip(said, question.tolist())],
-                         device=question.device)                          # (B,) bool
-    count = average(pairs.sum()).clamp(min=1)
+    answered = torch.tensor([row["has_teacher"] for row in rows], device=question.device)[question]
+    matches = torch.tensor([text == wanted[i] for text, i in zip(said, question.tolist())],
+                           device=question.device) & answered             # (B,) bool
+    pairs = answered & ~matches                                           # (B,) bool
+    count = average(pairs.sum())                                          # 0: D takes no step
     both, B = both_players(batch, teachers), len(pairs)
     scores = torch.zeros(len(both.ended), device=pairs.device)            # B students', P teachers'
     together = max(1, MICRO_BATCH * len(rows) // B)                       # questions at a time
@@ -422,18 +431,21 @@ def discriminator_step(run, rows, batch):
         scores[mine] = found.detach()
         ours, mine = found[:-len(some)], mine[:-len(some)]                # (b,) students'
         theirs = found[-len(some):][question[mine] - some[0]]             # (b,) their teachers'
-        loss = (discriminator_loss(theirs - ours) * pairs[mine]).sum() / count
+        loss = (discriminator_loss(theirs - ours) * pairs[mine]).sum() / count.clamp(min=1e-9)
         loss.backward()
         meter.losses["loss"] += loss.detach()
-    trains = stage_of(run.step) < 3 or DISCRIMINATOR_EVERY and run.step % DISCRIMINATOR_EVERY == 0
-    optimiser_step(run, "discriminator", meter, frozen=not trains)
+    due = stage_of(run.step) < 3 or DISCRIMINATOR_EVERY and run.step % DISCRIMINATOR_EVERY == 0
+    optimiser_step(run, "discriminator", meter, frozen=not (due and count))
     student, teacher = scores[:B], scores[B:][question]                   # (B,) each
-    return student, game_metrics(meter.means(), gather(student), gather(teacher), gather(pairs))
+    everyone = [gather(x) for x in (student, teacher, pairs, matches)]
+    return student, game_metrics(meter.means(), *everyone)
 
 
-def game_metrics(means, student, teacher, pairs):
+def game_metrics(means, student, teacher, pairs, matches):
     """How the game stands: loss and scores (B,) over the pairs with different texts."""
-    metrics = {"d_grad_norm": means["grad_norm"], "matches_teacher": float((~pairs).float().mean())}
+    metrics = {"d_grad_norm": means["grad_norm"]}
+    if (pairs | matches).any():
+        metrics["matches_teacher"] = float(matches.sum() / (pairs | matches).sum())
     if pairs.any():
         student, teacher = student[pairs], teacher[pairs]
         metrics |= {"d_loss": means["loss"],
