@@ -482,6 +482,32 @@ def test_the_three_stages(whole):
     assert "2 steps SeqKD, 2 of the discriminator alone, then both" in whole.printed
 
 
+def test_with_lora_each_network_is_the_base_with_an_adapter(tmp_path):
+    """The student's, the discriminator's, and the reference's, which is the one that SeqKD left;
+    the base stays as it was, and a resumed run is the same to the last bit."""
+    folder = tmp_path / "run"
+    printed = train(folder, *SMALL, "LORA_RANK=4")
+    assert "and a frozen copy as the reference" in printed
+    ends = [folder / name for name in ("seqkd", "warmup", "adversarial")]
+    seqkd, warmup, end = (weights(path, "adapter_model") for path in ends)
+    assert same(seqkd, warmup) and not same(warmup, end)
+    base = weights(ROOT / "data" / "policy")
+    judges = [weights(path, "discriminator") for path in ends]
+    for reference in (weights(path, "reference") for path in ends[1:]):
+        adapter = {f"base_model.model.{name.replace('.default', '')}": value
+                   for name, value in reference.items() if "lora_" in name}
+        assert same(adapter, seqkd)
+        for found, key in ((reference, "model.layers.0.mlp.up_proj.base_layer.weight"),
+                           (judges[2], "base_model.layers.0.mlp.up_proj.base_layer.weight")):
+            assert torch.equal(found[key], base["model.layers.0.mlp.up_proj.weight"])
+    for name in ("base_model.layers.0.mlp.up_proj.lora_B.default.weight", "head.weight"):
+        assert not any(torch.equal(one[name], other[name])
+                       for one, other in zip(judges, judges[1:]))
+    train(tmp_path / "rest", f"RESUME_FROM={ends[1]}")
+    assert metrics(tmp_path / "rest") == metrics(folder)
+    assert same(weights(tmp_path / "rest" / "adversarial", "adapter_model"), end)
+
+
 def test_what_each_stage_measures(whole):
     """The columns of a stage are filled with finite numbers, those of the others are empty."""
     game = {"d_loss", "d_acc", "student_score", "teacher_score", "score_gap", "d_grad_norm",

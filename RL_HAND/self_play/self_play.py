@@ -2081,8 +2081,8 @@ def describe(run, why, arguments):
         "settings": " ".join(arguments) or "the defaults",
         "resumed": f"{RESUME_FROM}, at step {run.step}" if RESUME_FROM else "",
         "policy": f"{POLICY_MODEL}, {size:.2f} M parameters{trained}" + (
-                  "" if run.reference is None else ", and without it the reference" if LORA_RANK
-                  else ", and a frozen copy as the reference"),
+                  "" if run.reference is None else ", and a frozen copy as the reference"
+                  if run.reference is not run.policy else ", and without it the reference"),
         "reward": weights + (f"; model: {REWARD_MODEL}" if "model" in run.scorers else ""),
         "data": f"{len(run.train_rows)} questions, {len(run.eval_rows)} held out" +
                 (f"; {silent} reference answers without a number" if silent else ""),
