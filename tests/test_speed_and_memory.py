@@ -4,12 +4,14 @@ time and memory. The chunked log-probs are held against plain ones over a large 
 import math
 import re
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, import_file, run_script
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @pytest.fixture
@@ -257,6 +259,75 @@ def test_graphs_give_the_same_tokens_on_a_gpu(gspo):
         generator = torch.Generator("cuda").manual_seed(3)
         batches.append(gspo.sample_groups(policy, tokenizer, rows, 8, generator))
     assert all(same_batch(batches[0], batch) for batch in batches[1:])
+
+
+# ------------------------------------------------------------- What decoding reads, and launches
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("added", [False, True])
+def test_grouped_attention_is_attention(gspo, length, added):
+    """Query head h attends to the keys of head h // 2; with a mask of booleans, or of what is added
+    to the scores."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, n, 8) for heads, n in ((6, length), (3, 9), (3, 9)))
+    seen = torch.rand(2, 1, length, 9) > 0.4
+    seen[..., 0] = True
+    mask = torch.zeros(seen.shape).masked_fill(~seen, -math.inf) if added else seen
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    found, _ = gspo.grouped_attention(module, query, key, value, mask, scaling=0.3, dropout=0.0)
+    assert found.shape == (2, length, 6, 8)
+    for head in range(6):
+        scores = 0.3 * query[:, head] @ key[:, head // 2].transpose(1, 2)
+        weights = scores.masked_fill(~seen[:, 0], -math.inf).softmax(-1)
+        torch.testing.assert_close(found[:, :, head], weights @ value[:, head // 2])
+
+
+def test_decoding_copies_no_keys(embedded, tokenizer, rows):
+    """No operation of a rollout makes anything of the size of a layer's keys, whatever transformers
+    does with query heads that share them."""
+    policy = embedded.load_policy(embedded.find_model("POLICY_MODEL"))
+    sample(embedded, policy, tokenizer, rows)
+    decoder = policy.decoder
+    decoder.drop_ended = lambda: decoder.live  # to the last token, at full width
+    kept = {buffer.untyped_storage().data_ptr() for buffer in decoder.cache.buffers()}
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            made.extend((one.numel(), str(function)) for one in tree_leaves(result)
+                        if isinstance(one, torch.Tensor)
+                        and one.untyped_storage().data_ptr() not in kept)
+            return result
+
+    with Watch():
+        sample(embedded, policy, tokenizer, rows)
+    used = decoder.cache.layers[0].keys[:, :, :decoder.steps].numel()
+    assert len(made) > 1000 and max(made)[0] < used, max(made)
+
+
+def test_fused_norms_are_transformers_norms(embedded):
+    """In value, gradient and dtype; and all of them are fused."""
+    policy, fused = (embedded.load_policy(embedded.find_model("POLICY_MODEL")) for _ in range(2))
+    embedded.fuse_norms(fused)
+    norms = [name for name, module in fused.named_modules() if name.endswith("norm")]
+    assert len(norms) == 4 * policy.config.num_hidden_layers + 1
+    assert all("forward" in vars(fused.get_submodule(name)) for name in norms)
+    ids = torch.randint(3, 40, (2, 9))
+    for model in (policy, fused):
+        model(ids).logits.logsumexp(-1).sum().backward()
+    torch.testing.assert_close(fused(ids).logits, policy(ids).logits, rtol=1e-4, atol=1e-4)
+    for one, other in zip(fused.parameters(), policy.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
+    one, other = (model.get_submodule("model.layers.0.self_attn.q_norm")
+                  for model in (policy, fused))
+    states = torch.randn(3, len(one.weight))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert other(states).dtype == torch.float32
+        assert other(states.bfloat16()).dtype == torch.bfloat16
+        torch.testing.assert_close(other(states.bfloat16()).float(), one(states), rtol=0.02,
+                                   atol=0.02)
 
 
 # -------------------------------------------------------------------------- bfloat16 and LoRA

@@ -67,8 +67,11 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoTokenizer, DynamicCache)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig,
+                          AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          DynamicCache)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 # ========================================== Constants ===========================================
 # Each can be set on the command line as NAME=VALUE. On a machine without a CUDA GPU the values in
@@ -588,8 +591,11 @@ class Decoder:
         self.seen[:n].index_fill_(1, self.column, True)
         self.place[:n] += 1
         self.cache.use(n, width, self.column)
-        hidden = run_model(self.model, self.token[:n, None], self.seen[:n, None, None, :width],
-                           self.place[:n, None], self.cache)[:, -1]                       # (n, H)
+        mask = self.seen[:n, None, None, :width]
+        if self.model is not self.policy:  # what is added to the scores, once for all layers
+            mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, -math.inf)
+        hidden = run_model(self.model, self.token[:n, None], mask, self.place[:n, None],
+                           self.cache)[:, -1]                                             # (n, H)
         self.column += 1
         self.choose(hidden)
 
@@ -621,6 +627,7 @@ def find_decoder(policy, tokenizer, count, columns):
     if decoder is None or decoder.ids.shape != size or decoder.columns < columns:
         policy.decoder = None  # free the old one's memory first
         columns = max(columns, MAX_PROMPT_TOKENS + MAX_NEW_TOKENS)  # so that it will do next time
+        columns += -columns % 128  # kernels like eighths that are multiples of 16
         policy.decoder = decoder = Decoder(policy, tokenizer, count, columns)
     return decoder
 
@@ -746,6 +753,37 @@ def positions(mask):
 def autocast(device):
     """bfloat16 arithmetic over float32 weights, if DTYPE says so. Log-probs are float32 anyway."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=DTYPE == "bfloat16")
+
+
+def grouped_attention(module, query, key, value, attention_mask, **options):
+    """transformers' attention, but where each row has one new token no key is copied: the query
+    heads that share a key head attend as if they were several tokens. (transformers 5.23 does so
+    itself, 5.17 reads and writes all keys and values twice more.)"""
+    if query.shape[2] > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    n, heads, _, size = query.shape
+    query = query.reshape(n, key.shape[1], -1, size)                          # (n, shared, g, D)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask,
+                                         scale=options["scaling"])
+    return out.reshape(n, 1, heads, size), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
+
+
+def fuse_norms(model):
+    """One kernel for each RMSNorm, in place of transformers' eight; float32 inside, as there."""
+    for norm in model.modules():
+        if hasattr(norm, "variance_epsilon"):
+            norm.forward = functools.partial(rms_norm, norm)
+
+
+def rms_norm(norm, states):
+    """states / rms(states) x weight, of the states' dtype."""
+    with torch.autocast(states.device.type, enabled=False):
+        return F.rms_norm(states, norm.weight.shape, norm.weight.to(states.dtype),
+                          norm.variance_epsilon)
 
 
 def run_model(model, ids, mask, position_ids, cache):
@@ -1929,7 +1967,9 @@ def load_policy(name, frozen=False, device=None):
     nothing in bfloat16. Evaluation mode: dropout would train something else."""
     model = load_pretrained(AutoModelForCausalLM, name, "POLICY_MODEL",
                             dtype=frozen_dtype() if frozen or LORA_RANK else torch.float32,
-                            attn_implementation="sdpa").to(device or DEVICE).eval()
+                            attn_implementation="grouped").to(device or DEVICE).eval()
+    if DTYPE == "bfloat16":
+        fuse_norms(model)
     model.requires_grad_(not frozen)
     if LORA_RANK and not frozen:
         torch.manual_seed(SEED)
