@@ -81,7 +81,7 @@ GAD = {  # experiment -> {what a variant is called: its constants}
         "GAD, careless teacher": [CARELESS], "SeqKD, careless teacher": [CARELESS, ALONE],
         "GAD, two right texts": [BOTH],
         "GAD after 100 steps of SeqKD, two right texts": [BOTH, ALONE],
-        "SeqKD, two right texts": [BOTH, "NUM_EPOCHS=4", "SEQKD_STEPS=400"],
+        "SeqKD, two right texts": [BOTH, "NUM_EPOCHS=10", "SEQKD_STEPS=1000"],
         "GAD, a D that can add": ["DISCRIMINATOR=data/reward_model",
                                   "DISCRIMINATOR_LEARNING_RATE=1e-4", "CRITIC_WARMUP=10"]},
     "gad_few": {
@@ -299,7 +299,7 @@ def make_gad_data():
 
 def draw_clock(compare, table, file):
     """Held-out accuracy over the seconds of training, and over the steps what the game is about."""
-    figure = Figure(figsize=(16, 3.8), layout="constrained")
+    figure = Figure(figsize=(16, 4.2), layout="constrained")
     for axes, (title, metric, x) in zip(figure.subplots(1, 4), (
             ("held-out accuracy, sampled", "eval/accuracy", "seconds"),
             ("held-out accuracy, greedy", "eval/accuracy_greedy", "seconds"),
@@ -309,7 +309,8 @@ def draw_clock(compare, table, file):
         axes.set_title(title, fontsize=10)
         axes.set_xlabel({"seconds": "seconds of training", "step": "step"}[x], fontsize=9)
         axes.set_ylim(0, 1)
-    figure.axes[0].legend(fontsize=9, frameon=False, loc="lower right")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=9, frameon=False,
+                  loc="outside lower center", ncols=3)
     figure.savefig(file, dpi=110)
 
 
