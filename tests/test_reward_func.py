@@ -146,9 +146,9 @@ BOMBS = {
 def test_hostile_text_costs_little_time(reward, name):
     """As an answer, as a reference, and as both; each in a fraction of a second."""
     for pair in ((BOMBS[name], "85"), ("Answer: 85", BOMBS[name]), (BOMBS[name], BOMBS[name])):
-        start = time.perf_counter()
+        start = time.process_time()  # its own: another program's does not count
         assert reward.compute_score("", *pair) in (0.0, 0.1, 0.5, 1.0)
-        assert time.perf_counter() - start < 0.5
+        assert time.process_time() - start < 0.5
 
 
 def test_nothing_is_evaluated():

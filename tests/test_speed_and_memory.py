@@ -12,6 +12,7 @@ from conftest import ROOT, import_file, run_script
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface
 
 
 @pytest.fixture
@@ -275,7 +276,8 @@ def test_grouped_attention_is_attention(gspo, length, added):
     seen[..., 0] = True
     mask = torch.zeros(seen.shape).masked_fill(~seen, -math.inf) if added else seen
     module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
-    found, _ = gspo.grouped_attention(module, query, key, value, mask, scaling=0.3, dropout=0.0)
+    found, _ = gspo.grouped_attention(AttentionInterface()["sdpa"], module, query, key, value, mask,
+                                      scaling=0.3, dropout=0.0)
     assert found.shape == (2, length, 6, 8)
     for head in range(6):
         scores = 0.3 * query[:, head] @ key[:, head // 2].transpose(1, 2)

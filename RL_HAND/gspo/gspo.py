@@ -71,11 +71,8 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig,
-                          AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          DynamicCache)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoTokenizer, DynamicCache)
 
 # ========================================== Constants ===========================================
 # Each can be set on the command line as NAME=VALUE. On a machine without a CUDA GPU the values in
@@ -705,12 +702,12 @@ def autocast(device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=DTYPE == "bfloat16")
 
 
-def grouped_attention(module, query, key, value, attention_mask, **options):
-    """transformers' attention, but where each row has one new token no key is copied: the query
-    heads that share a key head attend as if they were several tokens. (transformers 5.23 does so
-    itself, 5.17 reads and writes all keys and values twice more.)"""
+def grouped_attention(usual, module, query, key, value, attention_mask, **options):
+    """`usual`, transformers' attention, but where each row has one new token no key is copied: the
+    query heads that share a key head attend as if they were several tokens. (transformers 5.23 does
+    so itself, 5.17 reads and writes all keys and values twice more.)"""
     if query.shape[2] > 1:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return usual(module, query, key, value, attention_mask, **options)
     n, heads, _, size = query.shape
     query = query.reshape(n, key.shape[1], -1, size)                          # (n, shared, g, D)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask,
@@ -718,8 +715,12 @@ def grouped_attention(module, query, key, value, attention_mask, **options):
     return out.reshape(n, 1, heads, size), None
 
 
-AttentionInterface.register("grouped", grouped_attention)
-AttentionMaskInterface.register("grouped", sdpa_mask)
+def name_attention():
+    """Make "grouped" a kind of attention that transformers knows."""
+    from transformers import AttentionInterface, AttentionMaskInterface  # here: it takes a second
+    attention, masks = AttentionInterface(), AttentionMaskInterface()
+    attention.register("grouped", functools.partial(grouped_attention, attention["sdpa"]))
+    masks.register("grouped", masks["sdpa"])
 
 
 def fuse_norms(model):
@@ -1333,6 +1334,9 @@ def peak_memory():
     system does not tell (Windows)."""
     if DEVICE != "cpu":
         return torch.cuda.max_memory_allocated(DEVICE) / 1e9
+    with suppress(OSError, TypeError):  # Linux, whose getrusage begins with the parent's memory
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9
     with suppress(ImportError):
         import resource
         unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
@@ -1915,6 +1919,7 @@ def frozen_dtype():
 def load_policy(name, frozen=False, device=None):
     """A causal model on DEVICE. Trained weights stay float32: AdamW's steps of 1e-6 round to
     nothing in bfloat16. Evaluation mode: dropout would train something else."""
+    name_attention()
     model = load_pretrained(AutoModelForCausalLM, name, "POLICY_MODEL",
                             dtype=frozen_dtype() if frozen or LORA_RANK else torch.float32,
                             attn_implementation="grouped").to(device or DEVICE).eval()
