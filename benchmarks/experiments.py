@@ -96,7 +96,7 @@ GAD = {  # experiment -> {what a variant is called: its constants}
         "SeqKD first": ["SEQKD_STEPS=60", "SEQKD_LEARNING_RATE=3e-4", "CRITIC_WARMUP=10",
                         "KL_COEF=0.05", TALKATIVE]},
     "gad_variations": {
-        "the default": [], "60 steps of SeqKD": ["SEQKD_STEPS=60"],
+        "the default": [],
         "D reads the last token": ["SCORE_AT=last"],
         "clip range 0.2": ["CLIP_RANGE=0.2"], "no KL": ["KL_COEF=0.0"],
         "not divided by the std": ["NORM_ADV_BY_STD=False"],
