@@ -15,9 +15,10 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, import_file, run_script
 from safetensors.torch import load_file
 
+RENAMED = import_file(ROOT / "RL_HAND" / "compare.py").RENAMED
 SMALL = ["PROFILE=embedded", "DEVICE=cpu", "BATCH_SIZE=4", "GROUP_SIZE=4", "MINIBATCH=16",
          "MICRO_BATCH=4", "EVAL_QUESTIONS=6", "EVAL_EVERY=0", "MAX_STEPS=2", "SHOW_SAMPLES=1"]
 
@@ -50,10 +51,8 @@ def run_processes(*arguments, script, timeout=300):
     ("self_play", ["WATCH_QUESTIONS=4"])])
 def test_two_processes_do_what_one_does(tmp_path, name, extra):
     arguments = [*SMALL, *extra]
-    if name == "self_play":  # its names for shared constants
-        for shared, own in (("BATCH_SIZE=", "TRAIN_BATCH_SIZE="), ("GROUP_SIZE=", "ROLLOUT_N="),
-                            ("MAX_STEPS=", "SELF_PLAY_ROUNDS=")):
-            arguments = [re.sub(f"^{shared}", own, argument) for argument in arguments]
+    for shared, own in RENAMED.get(name, {}).items():  # its names for shared constants
+        arguments = [re.sub(f"^{shared}=", f"{own}=", argument) for argument in arguments]
     one = run_script(*arguments, f"OUTPUT_DIR={tmp_path / 'one'}", script=script_of(name))
     two = run_processes(*arguments, f"OUTPUT_DIR={tmp_path / 'two'}", script=script_of(name))
     assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr
