@@ -1,81 +1,90 @@
-"""Write the tables that the scripts' READMEs take from the code, between their markers.
+"""Write the tables and diffs that the pages take from the scripts, between their markers.
 
     python tools/tables.py           # rewrite what is stale
     python tools/tables.py --check   # exit status 1 if anything is stale
 
-Shared constants that a script has under another name (tools/sync.py) do not count as a difference.
-Between <!-- constants --> and <!-- end --> stand the script's constants in both profiles; between
-<!-- diff NAME --> and <!-- end -->, how the script differs from that one.
+Between <!-- constants --> and <!-- end --> stand constants: in RL_HAND/constants.md those of
+gspo.py outside the Algorithm group, in a script's README the others that it has: its Algorithm
+group, and what has another name or value there. Between <!-- diff NAME --> and <!-- end --> stands
+how the lesson of the README's script differs from that of the script NAME.
 """
 
 import ast
 import difflib
+import itertools
 import re
 import sys
 from pathlib import Path
 
-from sync import renamed
-
-ROOT = Path(__file__).resolve().parents[1]
+FOLDER = Path(__file__).resolve().parents[1] / "RL_HAND"
 
 
-def constants_table(source):
-    """The constants of a script as a Markdown table, a row each, grouped as in the file."""
-    block = source[source.index("# --- Model"):source.index("\nEMBEDDED = {")]
-    tree = ast.parse(source)
-    assigned = {node.targets[0].id: node for node in tree.body
-                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)}
-    embedded = {key.value: ast.unparse(value) for key, value in
-                zip(assigned["EMBEDDED"].value.keys, assigned["EMBEDDED"].value.values)}
-    rows = ["| constant | default | embedded | meaning |", "|---|---|---|---|"]
-    for line in block.splitlines():
-        if line.startswith("# --- "):
-            rows.append(f"| **{line[6:]}** | | | |")
-        elif found := re.match(r"([A-Za-z_]+) = (.*?)(?:\s+# (.*))?$", line):
-            name, meaning = found[1], (found[3] or "").replace("|", "\\|")
-            default = ast.unparse(assigned[name].value)
-            rows.append(f"| `{name}` | `{default}` | " +
-                        (f"`{embedded[name]}`" if name in embedded else "") + f" | {meaning} |")
+def source_of(name):
+    """The text of a script."""
+    return (FOLDER / name / f"{name}.py").read_text(encoding="utf-8")
+
+
+def constants(source):
+    """A script's constants as pairs (group, row of a table), in the order of the file."""
+    lines, found = source.splitlines(), []
+    for node in itertools.takewhile(lambda node: getattr(node, "name", "") != "train",
+                                    ast.parse(source).body):
+        groups = re.findall(r"^# --- (\w+)$", "\n".join(lines[:node.lineno]), re.M)
+        if isinstance(node, ast.Assign) and groups:
+            either = isinstance(node.value, ast.Call) and node.value.func.id == "Either"
+            values = [ast.get_source_segment(source, value) if value.lineno == value.end_lineno
+                      else ast.unparse(value)  # on one line, without the comments inside
+                      for value in (node.value.args if either else [node.value])]
+            cells = [f"`{text}`" for text in (node.targets[0].id, *values)] + [""] * (not either)
+            cells.append(lines[node.lineno - 1].partition("  # ")[2])
+            found.append((groups[-1], " | ".join(cell.replace("|", "\\|") for cell in cells)))
+    return found
+
+
+def table(pairs):
+    """Pairs (group, row) as a Markdown table, with a line for each group."""
+    rows = ["| constant | full | embedded | meaning |", "|---|---|---|---|"]
+    for group, some in itertools.groupby(pairs, lambda pair: pair[0]):
+        rows += [f"| **{group}** | | | |", *(f"| {row} |" for _, row in some)]
     return "\n".join(rows)
 
 
-def difference(source, other):
-    """The diff from `other` to `source`, folded away, as Markdown."""
-    lines = difflib.unified_diff(other.splitlines(), source.splitlines(), n=0, lineterm="")
-    lines = list(lines)[2:]
-    added = sum(line.startswith("+") for line in lines)
-    removed = sum(line.startswith("-") for line in lines)
-    body = "\n".join(line for line in lines if not line.startswith("@@"))
-    return (f"<details><summary>{added} lines added, {removed} removed</summary>\n\n"
-            f"```diff\n{body}\n```\n\n</details>")
+def lesson(name):
+    """The lines of a script above the line where the algorithm ends, docstrings left out."""
+    above = source_of(name).partition("# ==== The algorithm ends here")[0]
+    return re.sub(r'^ *""".*?"""\n', "", above, flags=re.M | re.S).splitlines()
 
 
-def refreshed(readme, source, name=""):
-    """The README's text with its generated parts made anew; `name` is the script's."""
-    def diff(found):
-        other = ROOT / "RL_HAND" / found[2] / f"{found[2]}.py"
-        other = renamed(other.read_text(encoding="utf-8"), name)
-        return found[1] + difference(source, other) + "\n" + found[3]
+def difference(name, other):
+    """The diff from the lesson of `other` to that of `name`, with a blank line between places."""
+    lines = difflib.unified_diff(lesson(other), lesson(name), n=0, lineterm="")
+    return "\n".join(re.sub("^@@.*", "", line) for line in list(lines)[3:])
 
-    readme = re.sub(r"(<!-- diff (\w+) -->\n).*?(<!-- end -->)", diff, readme, flags=re.S)
-    return re.sub(r"(<!-- constants -->\n).*?(<!-- end -->)",
-                  lambda found: found[1] + constants_table(source) + "\n" + found[2], readme,
-                  flags=re.S)
+
+def refreshed(text, name, rows):
+    """A page's text with its generated parts made anew; `name` is its script."""
+    text = re.sub(r"(<!-- diff (\w+) -->\n).*?(?=<!-- end -->)", lambda at:
+                  f"{at[1]}```diff\n{difference(name, at[2])}\n```\n", text, flags=re.S)
+    return re.sub(r"(<!-- constants -->\n).*?(?=<!-- end -->)",
+                  lambda at: f"{at[1]}{table(rows)}\n", text, flags=re.S)
 
 
 def main(arguments):
-    """Refresh or check the README of every script."""
+    """Refresh or check constants.md and the README of every script."""
+    shared = [pair for pair in constants(source_of("gspo")) if pair[0] != "Algorithm"]
+    pages = [(FOLDER / "constants.md", "gspo", shared)]
+    for name in sorted(path.stem for path in FOLDER.glob("*/*.py")):
+        if (page := FOLDER / name / "README.md").exists():
+            own = [pair for pair in constants(source_of(name)) if pair not in shared]
+            pages.append((page, name, own))
     stale = []
-    for script in sorted((ROOT / "RL_HAND").glob("*/*.py")):
-        readme = script.with_name("README.md")
-        if script.stem != script.parent.name or not readme.exists():
-            continue
-        text = readme.read_text(encoding="utf-8")
-        new = refreshed(text, script.read_text(encoding="utf-8"), script.stem)
+    for page, name, rows in pages:
+        text = page.read_text(encoding="utf-8")
+        new = refreshed(text, name, rows)
         if new != text:
-            stale.append(str(readme.relative_to(ROOT)))
+            stale.append(str(page.relative_to(FOLDER.parent)))
             if "--check" not in arguments:
-                readme.write_text(new, encoding="utf-8")
+                page.write_text(new, encoding="utf-8")
     if stale:
         print(("stale: " if "--check" in arguments else "rewrote ") + ", ".join(stale))
     return bool(stale) and "--check" in arguments
