@@ -30,7 +30,7 @@ def constants(source):
     for node in itertools.takewhile(lambda node: getattr(node, "name", "") != "train",
                                     ast.parse(source).body):
         groups = re.findall(r"^# --- (\w+)$", "\n".join(lines[:node.lineno]), re.M)
-        if isinstance(node, ast.Assign) and groups:
+        if isinstance(node, ast.Assign) and groups and node.targets[0].id != "DEFAULTS":
             either = isinstance(node.value, ast.Call) and node.value.func.id == "Either"
             values = [ast.get_source_segment(source, value) if value.lineno == value.end_lineno
                       else ast.unparse(value)  # on one line, without the comments inside
