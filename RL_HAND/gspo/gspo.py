@@ -441,10 +441,10 @@ def sample_groups(model, tokenizer, rows, group_size, temperature=None):
         cache.batch_repeat_interleave(group_size)
         prompt_ids, prompt_mask, states, place = (
             x[index] for x in (prompt_ids, prompt_mask, states, place[:, -1:]))
-        seen = prompt_mask
+        seen = prompt_mask[:, None, None].bool()                                 # (n, 1, 1, L)
         for t in tqdm(range(MAX_NEW_TOKENS), "rollout", unit="token", leave=False, delay=5):
             if t:
-                seen, place = F.pad(seen, (0, 1), value=1), place + 1
+                seen, place = F.pad(seen, (0, 1), value=True), place + 1
                 states = run_model(model, token[:, None], seen, place, cache)[:, -1]   # (n, H)
             scores = torch.log_softmax(product(states, weight.T) / (temperature or 1.0), -1)
             token = draw(scores, chance[row, t]) if temperature else scores.argmax(-1)  # (n,)
@@ -826,8 +826,7 @@ def load_rows(name, tokenizer):
     kept = [row | {"prompt_ids": ids} for row, ids in zip(rows, prompts)
             if len(ids) <= MAX_PROMPT_TOKENS]
     if len(kept) < len(rows):
-        print(f"{name}: dropped {len(rows) - len(kept)} of {len(rows)} prompts, longer than "
-              f"MAX_PROMPT_TOKENS = {MAX_PROMPT_TOKENS}")
+        print(f"{name}: kept {len(kept)} of {len(rows)} prompts ({MAX_PROMPT_TOKENS=})")
     return kept
 
 
@@ -846,8 +845,9 @@ def next_questions(run, count):
 def evaluate(run):
     """Held-out accuracy, reward and length, always of the same questions and random numbers."""
     torch.manual_seed(SEED)
-    meter, rows, samples = Meter(), run.eval_rows[rank::processes], []
-    for some in (rows[at:at + EVAL_BATCH] for at in range(0, len(rows), EVAL_BATCH)):
+    meter, samples = Meter(), []
+    blocks = (run.eval_rows[at:at + EVAL_BATCH] for at in range(0, len(run.eval_rows), EVAL_BATCH))
+    for some in filter(None, (block[rank::processes] for block in blocks)):
         greedy = texts_of(run, sample_groups(run.policy, run.tokenizer, some, 1, temperature=0))
         right = torch.tensor(verify(None, greedy, [row["answer"] for row in some]))
         batch = sample_groups(run.policy, run.tokenizer, some, 1, EVAL_TEMPERATURE)
