@@ -194,7 +194,8 @@ def train(run):
                     meter.add({"kl": kl}, micro.completion_mask)
                 (token_loss * micro.weights).sum().backward()
                 meter.add({"loss": token_loss, "policy_loss": policy_term,
-                           "entropy_loss": -entropy}, micro.weights)
+                           "entropy_loss": -entropy, "advantage/mean": micro.advantages,
+                           "advantage/size": micro.advantages.abs()}, micro.weights)
                 meter.add({"entropy": entropy, **statistics}, micro.completion_mask)
             optimiser_step(run, "policy", meter)
         meter.lap("update")
@@ -315,13 +316,11 @@ def policy_loss(logps, old_logps, advantages, mask):
 
 
 def ratio_statistics(ratio, advantages, low, high):
-    """What to look at, (b, T) each: the ratio, the tokens whose gradient is cut (below the range
-    with A < 0, above it with A > 0), and the advantages."""
+    """The ratio, and the tokens whose gradient is cut: below, A < 0; above, A > 0. (b, T) each."""
     below = ((ratio < 1 - low) & (advantages < 0)).float()
     above = ((ratio > 1 + high) & (advantages > 0)).float()
     return {"ratio/mean": ratio, "clip_ratio/low_mean": below, "clip_ratio/high_mean": above,
-            "clip_ratio/region_mean": below + above,
-            "advantage/mean": advantages, "advantage/size": advantages.abs()}
+            "clip_ratio/region_mean": below + above}
 
 
 def clip_range():
