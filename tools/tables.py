@@ -6,7 +6,7 @@
 Between <!-- constants --> and <!-- end --> stand constants: in RL_HAND/constants.md those of
 gspo.py outside the Algorithm group, in a script's README the others that it has: its Algorithm
 group, and what has another name or value there. Between <!-- diff NAME --> and <!-- end --> stands
-how the lesson of the README's script differs from that of the script NAME.
+how the README's script differs from the script NAME in what it does: see `lesson`.
 """
 
 import ast
@@ -50,9 +50,9 @@ def table(pairs):
 
 
 def lesson(name):
-    """The lines of a script above the line where the algorithm ends, docstrings left out."""
-    above = source_of(name).partition("# ==== The algorithm ends here")[0]
-    return re.sub(r'^ *""".*?"""\n', "", above, flags=re.M | re.S).splitlines()
+    """The lines of a script from `train` to where the algorithm ends, docstrings left out."""
+    part = re.search(r"^def train.*?(?=^# =+ The algorithm ends)", source_of(name), re.M | re.S)[0]
+    return re.sub(r'^ *""".*?"""\n', "", part, flags=re.M | re.S).splitlines()
 
 
 def difference(name, other):
