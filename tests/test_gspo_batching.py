@@ -17,8 +17,6 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen
 
 from conftest import ROOT
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture(scope="module")
 def policy():
@@ -35,8 +33,7 @@ def tokenizer():
 
 def questions(gspo, tokenizer, count):
     """`count` held-out questions with prompts of different lengths."""
-    rows = gspo.load_rows(gspo.eval_datasets, "eval_datasets")[:count]
-    rows = gspo.with_prompts(rows, tokenizer, "eval_datasets")
+    rows = gspo.load_rows("eval_datasets", tokenizer)[:count]
     assert len(rows) == count and len({len(row["prompt_ids"]) for row in rows}) > 1
     return rows
 
@@ -45,22 +42,39 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def sample(gspo, model, tokenizer, rows, group_size, seed=0, **options):
+    """A rollout whose chance is that of the seed."""
+    torch.manual_seed(seed)
+    return gspo.sample_groups(model, tokenizer, rows, group_size, **options)
+
+
+def tokens_of(batch):
+    """Each completion's tokens, as lists."""
+    return [ids[mask.bool()].tolist()
+            for ids, mask in zip(batch.completion_ids, batch.completion_mask)]
+
+
 def invented_batch(gspo, rows, lengths, vocabulary, seed=0):
     """A Batch of random tokens: `lengths[i]` of them in completion i, and garbage behind them."""
     count, width = len(lengths), max(lengths)
-    prompt_ids, prompt_mask = gspo.left_pad([row["prompt_ids"] for row in rows], 0, CPU)
+    longest = max(len(row["prompt_ids"]) for row in rows)
+    prompts = [[0] * (longest - len(row["prompt_ids"])) + row["prompt_ids"] for row in rows]
+    masks = [[0] * (longest - len(row["prompt_ids"])) + [1] * len(row["prompt_ids"])
+             for row in rows]
     index = torch.arange(len(rows)).repeat_interleave(count // len(rows))
-    ids = torch.randint(vocabulary, (count, width), generator=generator(seed))
-    mask = torch.tensor([[float(t < n) for t in range(width)] for n in lengths])
-    return gspo.Batch(prompt_ids, prompt_mask, index, ids, mask, torch.zeros(count, width),
-                      torch.ones(count, dtype=torch.bool))
+    return gspo.Batch(
+        prompt_index=index, prompt_ids=torch.tensor(prompts)[index],
+        prompt_mask=torch.tensor(masks)[index], ended=torch.ones(count, dtype=torch.bool),
+        completion_ids=torch.randint(vocabulary, (count, width), generator=generator(seed)),
+        completion_mask=torch.tensor([[float(t < n) for t in range(width)] for n in lengths]),
+        sampled_logps=torch.zeros(count, width))
 
 
 def plain_scores(model, batch, temperature=1.0):
     """Log-probs and entropies (B, T) by one unpadded forward pass for each completion."""
     logps, entropies = [torch.zeros_like(batch.completion_mask) for _ in range(2)]
-    for i, p in enumerate(batch.prompt_index.tolist()):
-        prompt = batch.prompt_ids[p][batch.prompt_mask[p].bool()]
+    for i in range(len(batch.ended)):
+        prompt = batch.prompt_ids[i][batch.prompt_mask[i].bool()]
         answer = batch.completion_ids[i][batch.completion_mask[i].bool()]
         logits = model(input_ids=torch.cat([prompt, answer])[None]).logits[0].float()
         log_p = torch.log_softmax(logits[len(prompt) - 1:-1] / temperature, -1)
@@ -81,59 +95,43 @@ def apart(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
-LENGTHS = [7, 1, 13, 2, 9, 9, 1, 4, 12, 3, 5, 8]  # of four completions of each of three prompts
+LENGTHS = [7, 1, 13, 2, 9, 9, 1, 4, 12, 3, 5, 13]  # of four completions of each of three prompts
 
 # ======================================= Log-probabilities =======================================
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("bucket", [1, 5, 16])
-def test_batched_scores_are_those_of_plain_forward_passes(embedded, policy, tokenizer, temperature,
-                                                          bucket):
-    """Left-padded, with shared prompts, in buckets: the same log-probs and entropies."""
-    gspo, gspo.TEMPERATURE, gspo.LENGTH_BUCKET = embedded, temperature, bucket
+def test_packed_scores_are_those_of_plain_forward_passes(embedded, policy, tokenizer, temperature):
+    """A prompt and its completions in one row, prompts of different lengths, completions of one
+    token and of all: the same log-probs and entropies, of each token and to each weight."""
+    gspo, gspo.TEMPERATURE = embedded, temperature
     batch = invented_batch(gspo, questions(gspo, tokenizer, 3), LENGTHS, policy.config.vocab_size)
-    with torch.no_grad():
-        logps, entropy = gspo.score_tokens(policy, batch)
-        expected_logps, expected_entropy = plain_scores(policy, batch, temperature)
-    assert logps.dtype == entropy.dtype == torch.float32
-    # Invented tokens have log-probs down to -20, where float32 rounds by some 1e-5.
-    torch.testing.assert_close(logps, expected_logps, rtol=1e-5, atol=4e-5)
-    torch.testing.assert_close(entropy, expected_entropy, rtol=1e-5, atol=4e-5)
-    assert not logps[batch.completion_mask == 0].any()  # padding: exactly 0
-    assert not entropy[batch.completion_mask == 0].any()
-
-
-@pytest.mark.parametrize("bucket", [1, 16])
-def test_gradient_with_shared_prompts_is_that_of_plain_forward_passes(embedded, policy, tokenizer,
-                                                                      bucket):
-    """A prompt is run once for its completions: its share of the gradient must not get lost."""
-    gspo, gspo.LENGTH_BUCKET = embedded, bucket
-    batch = invented_batch(gspo, questions(gspo, tokenizer, 3), LENGTHS, policy.config.vocab_size)
+    found = gspo.score_tokens(policy, batch)
+    expected = plain_scores(policy, batch, temperature)
+    for mine, plain in zip(found, expected):
+        assert mine.dtype == torch.float32
+        # Invented tokens have log-probs down to -20, where float32 rounds by some 1e-5.
+        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=4e-5)
+        assert not mine[batch.completion_mask == 0].any()  # padding: exactly 0
     weights = torch.randn(2, *batch.completion_mask.shape, generator=generator(1))
-
-    def loss(scores):
-        return (torch.stack(scores) * weights * batch.completion_mask).sum()
-    expected = gradients(policy, loss(plain_scores(policy, batch)))
-    assert apart(gradients(policy, loss(gspo.score_tokens(policy, batch))), expected) < 1e-5
+    slopes = [gradients(policy, (torch.stack(list(scores)) * weights).sum())
+              for scores in (found, expected)]
+    assert apart(*slopes) < 1e-5
 
 
 def test_scoring_some_rows_gives_what_scoring_all_gives(embedded, policy, tokenizer):
-    """Any choice of rows, in any order, also of completions of one token, also of one row; and
-    score_without_grad, whatever MICRO_BATCH."""
+    """Any choice of equally many rows of a prompt, in any order, also a single one of one token;
+    and score_without_grad, whatever MICRO_BATCH."""
     gspo = embedded
     batch = invented_batch(gspo, questions(gspo, tokenizer, 3), LENGTHS, policy.config.vocab_size)
     with torch.no_grad():
         expected = plain_scores(policy, batch)[0]
-        for rows in ([0], [1], [1, 6], [11, 2, 5], [6, 5, 4, 3, 2, 1, 0]):
-            some = batch.rows(torch.tensor(rows))
-            longest = max(LENGTHS[i] for i in rows)
-            assert some.completion_mask.shape == (len(rows), longest)
-            found = gspo.score_tokens(policy, some)[0]
-            torch.testing.assert_close(found, expected[rows, :longest], rtol=1e-5, atol=1e-5)
+        for rows in ([0], [1], [6, 5], [2, 9, 7], [11, 8, 3, 1], [7, 6, 5, 4, 3, 2, 1, 0]):
+            found = gspo.score_tokens(policy, batch.rows(torch.tensor(rows)))[0]
+            torch.testing.assert_close(found, expected[rows], rtol=1e-5, atol=4e-5)
     for gspo.MICRO_BATCH in (1, 5, 12, 100):
         found = gspo.score_without_grad(policy, batch)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=4e-5)
         assert not found.requires_grad
 
 
@@ -159,17 +157,9 @@ def test_what_is_in_the_padding_never_matters(embedded, policy, tokenizer):
         mask = padded.completion_mask
         loss, statistics = gspo.policy_loss(logps, old + garbage * (1 - mask), advantages, mask)
         loss = ((loss - entropy) * gspo.token_weights(mask)).sum()
-        results.append((logps, entropy, loss, statistics["ratio"], gradients(policy, loss)))
+        results.append((logps, entropy, loss, statistics["ratio/mean"], gradients(policy, loss)))
     for found, expected in zip(*results):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-
-
-def test_positions_count_real_tokens(embedded):
-    """A prompt's first token has position 0, however much padding stands before it."""
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0], [0, 1, 1, 0, 0]])
-    expected = [[0, 0, 0, 1, 2], [0, 1, 2, 3], [0, 0, 1]]
-    found = embedded.positions(mask).tolist()
-    assert [row[:len(e)] for row, e in zip(found, expected)] == expected
 
 
 class Largest(TorchDispatchMode):
@@ -186,20 +176,15 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def wide_model(vocabulary):
-    """A random Qwen3 whose logits are by far the largest thing in it."""
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, initializer_range=0.3,
-        tie_word_embeddings=True)).eval()
-
-
 def test_logits_at_once_changes_the_memory_and_nothing_else(embedded):
     """The logits of all tokens, B x T x V numbers, never exist at a time, in the backward pass
     neither; log-probs, entropies and gradients are those of the single piece."""
     gspo, vocabulary = embedded, 3000
-    model = wide_model(vocabulary)
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(  # its logits are by far the largest thing in it
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, initializer_range=0.3,
+        tie_word_embeddings=True)).eval()
     rows = [{"prompt_ids": [5, 6, 7]}, {"prompt_ids": [8, 9]}]
     batch = invented_batch(gspo, rows, [30] * 8, vocabulary)
     weights = torch.randn(2, 8, 30, generator=generator(1))
@@ -209,10 +194,9 @@ def test_logits_at_once_changes_the_memory_and_nothing_else(embedded):
             scores = torch.stack(gspo.score_tokens(model, batch))
             results.append((scores.detach(), gradients(model, (scores * weights).sum())))
         largest.append(recorder.elements)
-    everything = 8 * 30 * vocabulary
-    assert largest[0] == everything  # the recorder sees what it is to see
+    assert largest[0] == 8 * 30 * vocabulary  # the recorder sees what it is to see
     assert largest[1] == 20 * vocabulary
-    assert largest[2] < largest[1]  # a part of a row at a time: other tensors are larger
+    assert largest[2] < largest[1]  # a token at a time: other tensors are larger
     for scores, gradient in results[1:]:
         torch.testing.assert_close(scores, results[0][0], rtol=1e-5, atol=1e-5)
         assert apart(gradient, results[0][1]) < 1e-5
@@ -223,40 +207,38 @@ def test_logits_at_once_changes_the_memory_and_nothing_else(embedded):
 
 def script_draws(gspo, monkeypatch, scripts):
     """Replace `draw`: completion i gets the tokens of scripts[i], whatever the model says. Each row
-    is told by its chance, here the row's number; only finished ones may leave."""
-    state = SimpleNamespace(step=0, sizes=[])
-    monkeypatch.setattr(torch, "rand", lambda processes, rows, columns, **_: torch.arange(
-        rows).double()[None, :, None].expand(processes, rows, columns))
+    is told by its chance, here the row's number. Those that have ended must have left."""
+    state = SimpleNamespace(step=0)
+    monkeypatch.setattr(torch, "rand", lambda rows, group, columns, **_: torch.arange(
+        rows * group).double().view(rows, group, 1).expand(rows, group, columns))
 
-    def draw(logps, temperature, top_p, chance):
+    def draw(logps, chance):
         live = chance.long().tolist()
-        assert len(logps) == len(live) == len(set(live))
-        assert {i for i, script in enumerate(scripts) if state.step < len(script)} <= set(live)
-        tokens = [scripts[i][state.step] if state.step < len(scripts[i]) else 77
-                  for i in live]  # 77: what a finished row may draw, to be thrown away
+        assert live == [i for i, script in enumerate(scripts) if state.step < len(script)]
+        assert len(logps) == len(live)
+        tokens = [scripts[i][state.step] for i in live]
         state.step += 1
-        state.sizes.append(len(logps))
         return torch.tensor(tokens)
     monkeypatch.setattr(gspo, "draw", draw)
-    return state
 
 
 def test_the_mask_ends_with_the_first_end_token(embedded, policy, tokenizer, monkeypatch):
     """For both of Qwen3's end ids, the second of which is the padding id as well: it is scored
     itself, nothing behind it is; a completion that is cut off has `ended` False."""
     gspo, gspo.MAX_NEW_TOKENS = embedded, 6
-    ends = policy.generation_config.eos_token_id
-    assert sorted(ends) == gspo.end_ids(policy, tokenizer) == [0, 2]
+    assert sorted(policy.generation_config.eos_token_id) == [0, 2]
     assert tokenizer.eos_token_id == 2 and tokenizer.pad_token_id == 0
     scripts = [[9, 10, 2], [9, 10, 0], [2], [0], [9, 10, 11, 12, 13, 2], [9, 10, 11, 12, 13, 0],
                [9, 10, 11, 12, 13, 14], [9, 10, 11, 12, 13, 14]]
     script_draws(gspo, monkeypatch, scripts)
     rows = questions(gspo, tokenizer, 2)
-    batch = gspo.sample_groups(policy, tokenizer, rows, 4, generator())
+    batch = gspo.sample_groups(policy, tokenizer, rows, 4)
     assert batch.completion_mask.sum(1).tolist() == [len(script) for script in scripts]
-    assert gspo.completion_tokens(batch) == scripts
+    assert tokens_of(batch) == scripts
     assert batch.ended.tolist() == [True] * 6 + [False] * 2
     assert batch.prompt_index.tolist() == [0] * 4 + [1] * 4
+    for ids, mask, p in zip(batch.prompt_ids, batch.prompt_mask, batch.prompt_index):
+        assert ids[mask.bool()].tolist() == rows[p]["prompt_ids"] and mask[-1] == 1
     padding = batch.completion_mask == 0
     assert (batch.completion_ids[padding] == tokenizer.pad_token_id).all()
     assert not batch.sampled_logps[padding].any() and batch.sampled_logps[~padding].all()
@@ -264,42 +246,67 @@ def test_the_mask_ends_with_the_first_end_token(embedded, policy, tokenizer, mon
     torch.testing.assert_close(batch.sampled_logps, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_either_source_of_end_ids_is_enough(embedded, policy, tokenizer):
+@pytest.mark.parametrize("configured, expected", [(0, [0, 2]), ([5, 0], [0, 2, 5]), (None, [2]),
+                                                  (2, [2])])
+def test_either_source_of_end_ids_is_enough(embedded, policy, tokenizer, monkeypatch, configured,
+                                            expected):
     """The generation config's one id or list, and the tokenizer's."""
-    for configured, expected in ((0, [0, 2]), ([5, 0], [0, 2, 5]), (None, [2]), (2, [2])):
-        model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=configured))
-        assert embedded.end_ids(model, tokenizer) == expected
+    gspo, gspo.MAX_NEW_TOKENS = embedded, 2
+    monkeypatch.setattr(policy.generation_config, "eos_token_id", configured)
+    tokens = [0, 2, 5, 9]
+    script_draws(gspo, monkeypatch, [[x] if x in expected else [x, 11] for x in tokens])
+    batch = gspo.sample_groups(policy, tokenizer, questions(gspo, tokenizer, 2), 2)
+    assert batch.ended.tolist() == [x in expected for x in tokens]
 
 
 def test_dropping_finished_rows_changes_nothing(embedded, policy, tokenizer, monkeypatch):
     """Completions of 1 to 40 tokens: rows leave many times, and each of the others goes on with
     its own cache, mask and position. Each is compared with being alone."""
-    gspo, gspo.MAX_NEW_TOKENS, gspo.ENDS_EVERY = embedded, 40, 1
+    gspo, gspo.MAX_NEW_TOKENS = embedded, 40
     lengths = [1, 40, 2, 3, 40, 5, 8, 13, 1, 21, 34, 39]
-    vocabulary = policy.config.vocab_size
-    tokens = torch.randint(3, vocabulary, (12, 40), generator=generator(1)).tolist()
+    tokens = torch.randint(3, policy.config.vocab_size, (12, 40), generator=generator(1)).tolist()
     scripts = [row[:n - 1] + [2] if n < 40 else row for row, n in zip(tokens, lengths)]
-    state = script_draws(gspo, monkeypatch, scripts)
-    batch = gspo.sample_groups(policy, tokenizer, questions(gspo, tokenizer, 3), 4, generator())
-    assert len(set(state.sizes)) > 5 and state.sizes[-1] < 5  # rows did leave
-    assert gspo.completion_tokens(batch) == scripts
+    script_draws(gspo, monkeypatch, scripts)
+    batch = gspo.sample_groups(policy, tokenizer, questions(gspo, tokenizer, 3), 4)
+    assert tokens_of(batch) == scripts
     assert batch.ended.tolist() == [n < 40 for n in lengths]
     expected = plain_scores(policy, batch)[0].detach()
     torch.testing.assert_close(batch.sampled_logps, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_completion_does_not_depend_on_those_beside_it(embedded, policy, tokenizer):
+    """All chance is drawn first: fewer questions, a longer limit or another process beside this one
+    leave a completion what it was; and the same seed gives the same again, another one another."""
+    gspo, rows = embedded, questions(embedded, tokenizer, 4)
+    whole = sample(gspo, policy, tokenizer, rows, 4)
+    expected = tokens_of(whole)
+    assert len({len(ids) for ids in expected}) > 4
+    assert tokens_of(sample(gspo, policy, tokenizer, rows, 4)) == expected
+    assert tokens_of(sample(gspo, policy, tokenizer, rows, 4, seed=1)) != expected
+    some = sample(gspo, policy, tokenizer, rows[:2], 4)
+    assert tokens_of(some) == expected[:8]
+    torch.testing.assert_close(some.sampled_logps, whole.sampled_logps[
+        :8, :some.sampled_logps.shape[1]], rtol=1e-5, atol=1e-5)
+    gspo.processes = 2
+    for gspo.rank in (0, 1):
+        share = sample(gspo, policy, tokenizer, rows[gspo.rank::2], 4)
+        assert tokens_of(share) == [expected[4 * p + i] for p in (gspo.rank, gspo.rank + 2)
+                                    for i in range(4)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_sampled_distribution_is_the_scored_one(embedded, policy, tokenizer, temperature):
     """The log-probs noted while sampling are those that are trained: the first ratio is 1."""
     gspo, gspo.TEMPERATURE = embedded, temperature
-    batch = gspo.sample_groups(policy, tokenizer, questions(gspo, tokenizer, 4), 8, generator())
+    batch = sample(gspo, policy, tokenizer, questions(gspo, tokenizer, 4), 8)
+    assert batch.sampled_logps.dtype == torch.float32
+    assert gspo.behaviour_logps(policy, batch) is batch.sampled_logps
     with torch.no_grad():
         logps = gspo.score_tokens(policy, batch)[0]
-    assert batch.sampled_logps.dtype == torch.float32
     torch.testing.assert_close(logps, batch.sampled_logps, rtol=1e-5, atol=1e-5)
-    assert gspo.behaviour_logps(policy, batch) is batch.sampled_logps
     ones = torch.ones_like(logps)
-    ratio = gspo.policy_loss(logps, batch.sampled_logps, ones, batch.completion_mask)[1]["ratio"]
+    ratio = gspo.policy_loss(logps, batch.sampled_logps, ones,
+                             batch.completion_mask)[1]["ratio/mean"]
     assert (ratio - 1).abs().max() < 1e-5  # far inside of the clip range of 3e-4
 
 
@@ -325,7 +332,7 @@ def test_sampling_follows_the_softmax_and_nothing_else(embedded, policy, tokeniz
     assert (config.top_k, config.temperature, config.top_p) == (20, 0.6, 0.95)
     prompt, gspo.TEMPERATURE, probs = flat_prompt(policy)
     gspo.MAX_NEW_TOKENS = 1
-    batch = gspo.sample_groups(policy, tokenizer, [{"prompt_ids": prompt}], draws, generator(7))
+    batch = sample(gspo, policy, tokenizer, [{"prompt_ids": prompt}], draws, seed=7)
     counts = torch.bincount(batch.completion_ids[:, 0], minlength=len(probs)).double()
     expected = draws * probs.double()
     common = expected >= 5  # the rest is one cell: few draws are not chi-square distributed
@@ -350,8 +357,7 @@ def test_sampling_follows_the_softmax_and_nothing_else(embedded, policy, tokeniz
 def test_greedy_is_what_generate_gives(embedded, policy, tokenizer):
     """Token for token, for eight prompts of different lengths."""
     gspo = embedded
-    rows = questions(gspo, tokenizer, 8)
-    batch = gspo.sample_groups(policy, tokenizer, rows, 1, generator(), temperature=0)
+    batch = sample(gspo, policy, tokenizer, questions(gspo, tokenizer, 8), 1, temperature=0)
     found = policy.generate(input_ids=batch.prompt_ids, attention_mask=batch.prompt_mask,
                             do_sample=False, max_new_tokens=gspo.MAX_NEW_TOKENS,
                             temperature=None, top_k=None, top_p=None)
@@ -363,41 +369,6 @@ def test_greedy_is_what_generate_gives(embedded, policy, tokenizer):
     assert mask.sum(1).min() > 1
 
 
-def test_the_same_seed_gives_the_same_rollout(embedded, policy, tokenizer):
-    """And another seed another one; greedy draws nothing."""
-    rows = questions(embedded, tokenizer, 3)
-    ids = [embedded.sample_groups(policy, tokenizer, rows, 4, generator(seed)).completion_ids
-           for seed in (1, 1, 2)]
-    assert torch.equal(ids[0], ids[1])
-    assert ids[0].shape != ids[2].shape or not torch.equal(ids[0], ids[2])
-    untouched = generator(1)
-    embedded.sample_groups(policy, tokenizer, rows, 1, untouched, temperature=0)
-    assert torch.equal(untouched.get_state(), generator(1).get_state())
-
-
-@pytest.mark.parametrize("top_p, kept", [(1.0, 5), (0.95, 4), (0.9, 3), (0.75, 2), (0.7, 2),
-                                         (0.45, 1), (0.01, 1)])
-def test_nucleus(embedded, top_p, kept):
-    """The most likely tokens up to and including the one that reaches TOP_P, and each in proportion
-    to its probability."""
-    probs = torch.tensor([0.08, 0.5, 0.02, 0.1, 0.3])  # in order: 0.5, 0.8, 0.9, 0.98, 1
-    if top_p == 0.9:
-        probs = torch.tensor([0.0625, 0.5, 0.03125, 0.15625, 0.25])  # 0.90625 crosses 0.9
-    order = probs.argsort(descending=True)
-    logps = probs.log().expand(20000, 5)
-    chance = torch.rand(20000, dtype=torch.float64, generator=generator(3))
-    drawn = embedded.draw(logps, 1.0, top_p, chance)
-    share = torch.bincount(drawn, minlength=5) / 20000
-    inside = torch.zeros(5).scatter(0, order[:kept], probs[order[:kept]])
-    torch.testing.assert_close(share, inside / inside.sum(), rtol=0, atol=0.015)
-    assert not share[order[kept:]].any()
-
-
-def test_greedy_draw(embedded):
-    logps = torch.tensor([[-2.0, -0.1, -3.0], [-0.5, -0.6, -9.0]])
-    assert embedded.draw(logps, 0, 1.0, None).tolist() == [1, 0]
-
-
 def test_a_mixture_of_experts_goes_through_it_all(embedded, tokenizer):
     """Qwen3MoE: sampled, scored, and with gradients in its router and experts."""
     gspo, gspo.MAX_NEW_TOKENS = embedded, 12
@@ -407,7 +378,7 @@ def test_a_mixture_of_experts_goes_through_it_all(embedded, tokenizer):
         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
         num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1, initializer_range=0.2,
         eos_token_id=2, pad_token_id=0)).eval()
-    batch = gspo.sample_groups(model, tokenizer, questions(gspo, tokenizer, 2), 4, generator())
+    batch = sample(gspo, model, tokenizer, questions(gspo, tokenizer, 2), 4)
     logps, entropy = gspo.score_tokens(model, batch)
     expected, expected_entropy = plain_scores(model, batch)
     torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
@@ -423,7 +394,7 @@ def test_a_mixture_of_experts_goes_through_it_all(embedded, tokenizer):
 
 
 def started_run(gspo, tmp_path, *arguments):
-    """A Run with a reward that is a number of the text, so that groups differ on any policy."""
+    """A run with a reward that is a number of the text, so that groups differ on any policy."""
     reward = tmp_path / "reward.py"
     reward.write_text("def score(questions, responses, references):\n"
                       "    return [sum(map(ord, text)) % 17 / 16 for text in responses]\n")
@@ -447,98 +418,94 @@ def watch(gspo, monkeypatch, run, rate=None):
     def optimiser_step(run, name, meter):
         found = [p.grad.flatten() for p in run.policy.parameters()]
         seen.gradients.append(torch.cat(found).clone())
-        seen.losses.append(float(meter.losses["loss"]) - sum(seen.losses))
+        mean, before = meter.means()["loss"], len(seen.losses)  # over the minibatches so far
+        seen.losses.append(mean * (before + 1) - sum(seen.losses))
         step(run, name, meter)
 
-    def finish_step(run, metrics):
-        run.step += 1
-        seen.metrics.append(metrics)
     monkeypatch.setattr(gspo, "optimiser_step", optimiser_step)
-    monkeypatch.setattr(gspo, "finish_step", finish_step)
+    monkeypatch.setattr(gspo, "finish_step", lambda run, metrics: seen.metrics.append(metrics))
+    return seen
+
+
+def trained_with(gspo, tmp_path, monkeypatch, micro, *arguments):
+    """What a step of four minibatches shows with that MICRO_BATCH: answers of unequal length, some
+    of them cut off, some of them outside of the clip range."""
+    run = started_run(gspo, tmp_path, f"MICRO_BATCH={micro}", "MINIBATCH=8", "GSPO_EPOCHS=2",
+                      "CLIP_RANGE=0.004", "ADVANTAGE_TYPE=normalized", "MAX_NEW_TOKENS=30",
+                      *arguments)
+    with monkeypatch.context() as patch:
+        seen = watch(gspo, patch, run, rate=0.03)
+        gspo.train(run)
     return seen
 
 
 def test_micro_batches_change_nothing(embedded, tmp_path, monkeypatch):
-    """MICRO_BATCH 1, 3 (parts of groups) and all, LENGTH_BUCKET 2 and 16: the same losses,
-    gradients and metrics over a step of four minibatches, of answers of unequal length, some of
-    them cut."""
-    results = []
-    for micro, bucket in ((16, 16), (1, 16), (3, 2)):
-        gspo = embedded
-        run = started_run(gspo, tmp_path, f"MICRO_BATCH={micro}", f"LENGTH_BUCKET={bucket}",
-                          "MINIBATCH=8", "GSPO_EPOCHS=2", "CLIP_RANGE=0.004",
-                          "ADVANTAGE_TYPE=normalized")
-        with monkeypatch.context() as patch:
-            seen = watch(gspo, patch, run, rate=0.03)
-            gspo.train(run)
-        results.append(seen)
-    first = results[0]
+    """MICRO_BATCH of one, of parts of groups, of one that no group is a multiple of, of groups and
+    of more than there is: the same losses, gradients and metrics."""
+    first = trained_with(embedded, tmp_path, monkeypatch, 16)
     assert len(first.gradients) == 4 and len(first.metrics) == 1
-    region = first.metrics[0]["clip_ratio/region_mean"]
-    assert 0.01 < region < 0.9 and first.metrics[0]["kl"] > 1e-6
-    for seen in results[1:]:
+    expected, = first.metrics
+    assert 0.01 < expected["clip_ratio/region_mean"] < 0.9 and expected["kl"] > 1e-6
+    assert 0 < expected["completions/clipped_ratio"] < 1
+    for micro in (1, 2, 3, 5, 8, 32):
+        seen = trained_with(embedded, tmp_path, monkeypatch, micro)
         assert seen.losses == pytest.approx(first.losses, rel=1e-5, abs=1e-6)
-        for found, expected in zip(seen.gradients, first.gradients):
-            assert apart(found, expected) < 1e-5
-        for name, value in first.metrics[0].items():
+        for found, gradient in zip(seen.gradients, first.gradients, strict=True):
+            assert apart(found, gradient) < 1e-5
+        for name, value in expected.items():
             if "time" not in name and name != "sampling_logp_difference":
                 found = seen.metrics[0][name]
                 assert found == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
 def test_minibatches_hold_every_completion_once_a_pass(embedded):
-    """In new order each pass, a group's completions side by side, all its columns cut alike."""
+    """In new order each pass, a group's completions side by side, all its columns cut alike; and so
+    do their micro-batches, with equally many of each prompt."""
     gspo, gspo.GROUP_SIZE = embedded, 4
     rows = [{"prompt_ids": [5, 6, 7]}] * 6
     batch = invented_batch(gspo, rows, [1 + i % 9 for i in range(24)], 50)
     batch.completion_ids = torch.arange(24)[:, None].expand(24, 9).clone()  # a row's own number
     batch.old_logps = batch.advantages = batch.completion_ids.float()
+    torch.manual_seed(1)
     for gspo.MINIBATCH in (2, 4, 8, 12, 24):
-        pieces = list(gspo.minibatches(batch, 3, generator(1)))
+        pieces = list(gspo.minibatches(batch, 3))
         assert [len(p.prompt_index) for p in pieces] == [gspo.MINIBATCH] * (72 // gspo.MINIBATCH)
         for piece in pieces:
             numbers = piece.completion_ids[:, 0]
             assert torch.equal(piece.prompt_index, numbers // 4)
             assert torch.equal(piece.old_logps[:, 0], numbers.float())
             assert torch.equal(piece.completion_mask.sum(1), 1.0 + numbers % 9)
-            assert piece.completion_mask.shape[1] == int(piece.completion_mask.sum(1).max())
         order = torch.cat([piece.completion_ids[:, 0] for piece in pieces]).reshape(3, 24)
         assert torch.equal(order.sort(1).values, torch.arange(24).expand(3, 24))
         assert not torch.equal(order[0], order[1]) and not torch.equal(order[1], order[2])
         groups = order.reshape(3, 6, 4) // 4
         assert (groups == groups[..., :1]).all()
-        for gspo.MICRO_BATCH in (1, 3, 100):
-            micros = list(gspo.micro_batches(SimpleNamespace(trained={}), pieces[0]))
-            assert all(len(micro.prompt_index) <= gspo.MICRO_BATCH for micro in micros)
+        for gspo.MICRO_BATCH in (1, 3, 7, 100):
+            micros = [pieces[0].rows(some) for some in gspo.micro_batches(pieces[0])]
             numbers = torch.cat([micro.completion_ids[:, 0] for micro in micros])
             assert torch.equal(numbers.sort().values, pieces[0].completion_ids[:, 0].sort().values)
+            for micro in micros:
+                assert len(micro.prompt_index) <= gspo.MICRO_BATCH
+                counts = micro.prompt_index.unique(return_counts=True)[1]
+                assert counts.unique().numel() == 1 and micro.group() == counts[0]
 
 
 def test_the_first_update_is_on_policy_and_the_reference_stays(embedded, tmp_path, monkeypatch):
     """Before the first optimiser step every ratio is 1 and the KL 0; the reference never gets a
     gradient, nor does it move."""
     gspo = embedded
-    run = started_run(gspo, tmp_path)
+    run = started_run(gspo, tmp_path, "CLIP_RANGE=1e-5")
     before = {name: p.clone() for name, p in run.reference.named_parameters()}
     seen = watch(gspo, monkeypatch, run)
     gspo.train(run)
     metrics, = seen.metrics
-    assert abs(metrics["ratio/min"] - 1) < 1e-5 and abs(metrics["ratio/max"] - 1) < 1e-5
+    assert abs(metrics["ratio/mean"] - 1) < 1e-6
     assert abs(metrics["kl"]) < 1e-6 and metrics["clip_ratio/region_mean"] == 0
     assert metrics["sampling_logp_difference"] == 0  # float32: the sampler's are the old ones
     for name, p in run.reference.named_parameters():
         assert p.grad is None and torch.equal(p, before[name])
     moved = [not torch.equal(p, before[name]) for name, p in run.policy.named_parameters()]
     assert all(moved)
-
-
-def test_without_kl_there_is_no_reference(embedded, tmp_path, monkeypatch):
-    run = started_run(embedded, tmp_path, "KL_COEF=0")
-    assert run.reference is None
-    seen = watch(embedded, monkeypatch, run)
-    embedded.train(run)
-    assert seen.metrics[0]["kl"] == seen.metrics[0]["kl_loss"] == seen.metrics[0]["kl_coef"] == 0
-    assert seen.gradients[0].norm() > 0
 
 
 @pytest.mark.parametrize("term", ["policy", "entropy", "kl"])
@@ -555,24 +522,26 @@ def test_an_update_goes_the_right_way(embedded, tmp_path, monkeypatch, term):
         with torch.no_grad():
             for p in run.policy.parameters():
                 p += 0.02 * torch.randn(p.shape, generator=noise)
-    kept, sample = {}, gspo.sample_groups
+    kept, sample_groups = {}, gspo.sample_groups
 
-    def sample_groups(*arguments):
-        kept["batch"] = sample(*arguments)
+    def keeping(*arguments):
+        kept["batch"] = sample_groups(*arguments)
         return kept["batch"]
-    monkeypatch.setattr(gspo, "sample_groups", sample_groups)
+    monkeypatch.setattr(gspo, "sample_groups", keeping)
 
     def measure():
         with torch.no_grad():
             logps, entropy = gspo.score_tokens(run.policy, batch)
         weights = gspo.token_weights(batch.completion_mask)
-        return {"policy": (logps * batch.advantages * weights).sum(),
-                "entropy": (entropy * weights).sum(),
-                "kl": -(gspo.kl_to_reference(logps, batch.old_logps, ref_logps) * weights).sum()
-                if term == "kl" else 0.0}[term]
+        if term == "policy":
+            return (logps * batch.advantages * weights).sum()
+        if term == "entropy":
+            return (entropy * weights).sum()
+        return -(gspo.kl_to_reference(logps, batch.old_logps, batch.ref_logps) * weights).sum()
     seen = watch(gspo, monkeypatch, run, rate=0.0)
     gspo.train(run)  # a rate of 0: the gradient, and nothing moves
-    batch, ref_logps = kept["batch"], kept["batch"].ref_logps
+    batch = kept["batch"]
+    assert hasattr(batch, "ref_logps") == (run.reference is not None) == (term == "kl")
     before, gradient = measure(), seen.gradients[0]
     rate = 3e-4 / gradient.norm()
     with torch.no_grad():
@@ -583,49 +552,69 @@ def test_an_update_goes_the_right_way(embedded, tmp_path, monkeypatch, term):
     assert gain == pytest.approx(float(rate * gradient.norm() ** 2), rel=0.1)  # to first order
 
 
+# =========================================== bfloat16 ===========================================
+
+
 def test_bfloat16_rescores_the_old_log_probs(embedded, policy, tokenizer):
     """Arithmetic in bfloat16, log-probs in float32. Decoding and scoring round apart by more than
     the clip range: the old log-probs are scored like the new ones, and the first ratio is 1."""
     gspo, gspo.DTYPE, gspo.MICRO_BATCH, gspo.GROUP_SIZE = embedded, "bfloat16", 16, 4
-    batch = gspo.sample_groups(policy, tokenizer, questions(gspo, tokenizer, 4), 4, generator())
+    batch = sample(gspo, policy, tokenizer, questions(gspo, tokenizer, 4), 4)
     old = gspo.behaviour_logps(policy, batch)
     batch.old_logps = old
     logps, entropy = gspo.score_tokens(policy, batch)
     assert batch.sampled_logps.dtype == old.dtype == logps.dtype == entropy.dtype == torch.float32
     apart_by = (old - batch.sampled_logps).abs().max()
     assert 3e-4 < apart_by < 0.5  # what rescoring is for; and still the same distribution
-    ones = torch.ones_like(logps)
-    ratio = gspo.policy_loss(logps, old, ones, batch.completion_mask)[1]["ratio"]
-    assert (ratio - 1).abs().max() < 1e-6
     gspo.MINIBATCH = 16
-    minibatch, = gspo.minibatches(batch, 1, generator(1))
-    micro, = gspo.micro_batches(SimpleNamespace(trained={}), minibatch)
+    minibatch, = gspo.minibatches(batch, 1)
     with torch.no_grad():
-        shuffled = gspo.score_tokens(policy, micro)[0]
-    mask = micro.completion_mask
-    ratio = gspo.policy_loss(shuffled, micro.old_logps, torch.ones_like(mask), mask)[1]["ratio"]
-    assert (ratio - 1).abs().max() < 3e-4
+        shuffled = gspo.score_tokens(policy, minibatch)[0]
+    for found, some in ((logps, batch), (shuffled, minibatch)):
+        mask = some.completion_mask
+        ratio = gspo.policy_loss(found, some.old_logps, torch.ones_like(mask), mask)[1]
+        assert (ratio["ratio/mean"] - 1).abs().max() < 3e-4
     assert gradients(policy, (logps + entropy).sum()).isfinite().all()
     gspo.DTYPE = "float32"
     assert (gspo.score_tokens(policy, batch)[0] - logps).abs().max() > 1e-4  # it was bfloat16
 
 
-# ======================================== Segment rewards ========================================
+def test_in_bfloat16_the_head_sums_in_float32(embedded, policy, tokenizer):
+    """What goes into the last product is rounded, its sum is not: not in scoring, and not in
+    sampling, which happens inside of the autocast. Weights and their gradients stay float32."""
+    gspo, gspo.DTYPE = embedded, "bfloat16"
+    batch = sample(gspo, policy, tokenizer, questions(gspo, tokenizer, 3), 4)
+    weight = policy.get_output_embeddings().weight
+    ids = batch.completion_ids[batch.completion_mask.bool()]
+    with torch.no_grad():
+        states = gspo.states_before(policy, batch)
+        exact = torch.log_softmax(states.double() @ weight.bfloat16().double().T, -1)
+    exact = exact.gather(1, ids[:, None])[:, 0]
+    logps, _ = gspo.score_tokens(policy, batch)
+    found = logps[batch.completion_mask.bool()].double()
+    assert (found - exact).abs().max() < 2e-5  # rounded to bfloat16 it would be off by 0.03
+    logps.sum().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in policy.parameters())
+    policy.zero_grad()
+    a, b = torch.randn(5, 64, generator=generator()), torch.randn(64, 3, generator=generator(1))
+    with gspo.autocast():
+        assert (a @ b).dtype == torch.bfloat16  # so that there is something to switch off
+        found = gspo.product(a.bfloat16(), b.bfloat16())
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), a.bfloat16().double() @ b.bfloat16().double(), atol=1e-5)
+
+
+# ====================================== Sentences' rewards ======================================
 
 
 def answered(gspo, tokenizer, texts, end=True):
     """A Batch of the given answers, each with an end token, of two questions."""
     tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] + [2] * end for text in texts]
     batch = invented_batch(gspo, [{"prompt_ids": [5]}] * 2, [len(ids) for ids in tokens], 50)
+    batch.ended[:] = end
     for i, ids in enumerate(tokens):
         batch.completion_ids[i, :len(ids)] = torch.tensor(ids)
     return batch, tokens
-
-
-def pieces_of(gspo, tokenizer, ids):
-    """The text of each segment of one completion."""
-    ends = gspo.segment_ends(tokenizer, ids)
-    return [tokenizer.decode(ids[a:b], skip_special_tokens=True) for a, b in zip([0, *ends], ends)]
 
 
 def toy_score(questions, responses, references):
@@ -638,80 +627,77 @@ ANSWERS = ["4+0=4. 3+9=12. Answer: 12", "Answer: 12", "1-1=0\n2-1=1\nAnswer: 1."
            ".", "2+2=4. Answer: 4.", "3. 4. 5. 6", "12"]
 
 
-def test_segments_end_where_the_pattern_says(embedded, tokenizer):
-    """At a full stop or a line's end; the end token belongs to the last segment."""
-    gspo = embedded
-    _, tokens = answered(gspo, tokenizer, ANSWERS)
-    for ids, text in zip(tokens, ANSWERS):
-        ends = gspo.segment_ends(tokenizer, ids)
-        assert ends == sorted(set(ends)) and ends[-1] == len(ids)
-        pieces = pieces_of(gspo, tokenizer, ids)
-        assert "".join(pieces) == text
+def scored_sentences(gspo, tokenizer, texts, end=True):
+    """Answers with the sentence of each token, what each sentence added, and their texts."""
+    gspo.GROUP_SIZE, gspo.REWARD_WEIGHTS = len(texts) // 2, {"function": 1.0}
+    run = SimpleNamespace(tokenizer=tokenizer, scorers={"function": toy_score})
+    batch, tokens = answered(gspo, tokenizer, texts, end)
+    sentence, added = gspo.sentence_rewards(run, ROWS, batch)
+    pieces = []
+    for ids, of in zip(tokens, sentence.tolist()):
+        of = of[:len(ids)]
+        assert of == sorted(of) and set(of) == set(range(of[-1] + 1))
+        pieces.append([tokenizer.decode([x for x, k in zip(ids, of) if k == number],
+                                        skip_special_tokens=True) for number in range(of[-1] + 1)])
+        assert "".join(pieces[-1]) == tokenizer.decode(ids, skip_special_tokens=True)
+    return SimpleNamespace(run=run, batch=batch, sentence=sentence, added=added, pieces=pieces,
+                           lengths=[len(ids) for ids in tokens])
+
+
+def test_sentences_end_behind_a_full_stop_or_a_line(embedded, tokenizer):
+    """The end token belongs to the last one; a full stop and a line's end are one end, not two."""
+    found = scored_sentences(embedded, tokenizer, ANSWERS).pieces
+    for pieces in found:
         assert all(piece.strip() for piece in pieces)  # none holds nothing but the end token
         assert all(piece.rstrip(" ")[-1] in ".\n" for piece in pieces[:-1])
-    assert pieces_of(gspo, tokenizer, tokens[0]) == ["4+0=4.", " 3+9=12.", " Answer: 12"]
-    assert pieces_of(gspo, tokenizer, tokens[2]) == ["1-1=0\n", "2-1=1\n", "Answer: 1."]
+    assert found[0] == ["4+0=4.", " 3+9=12.", " Answer: 12"]
+    assert found[2] == ["1-1=0\n", "2-1=1\n", "Answer: 1."]
+    found = scored_sentences(embedded, tokenizer, ["1-1=0.\n2-1=1.\n\nAnswer: 1.\n"] * 2).pieces
+    assert [piece.strip() for piece in found[0]] == ["1-1=0.", "2-1=1.", "Answer: 1."]
 
 
-def test_no_segment_is_white_space(embedded, tokenizer):
-    """A full stop and a line's end are one end, not two."""
-    _, tokens = answered(embedded, tokenizer, ["1-1=0.\n2-1=1.\n\nAnswer: 1.\n"])
-    pieces = [piece.strip() for piece in pieces_of(embedded, tokenizer, tokens[0])]
-    assert pieces == ["1-1=0.", "2-1=1.", "Answer: 1."]
+@pytest.mark.parametrize("last", ["Answer", "56", "5"])  # three tokens, two, one
+def test_a_truncated_answer_keeps_its_last_sentence(embedded, tokenizer, last):
+    """Where there is no end token, a last sentence of a single token is one, too."""
+    found = scored_sentences(embedded, tokenizer, [f"3\n4\n{last}"] * 2, end=False).pieces
+    assert found[0] == ["3\n", "4\n", last]
 
 
-def test_a_truncated_answer_keeps_its_last_segment(embedded, tokenizer):
-    """Where there is no end token, a last segment of a single token is one, too."""
-    for last in ("Answer", "56", "5"):  # three tokens, two, one
-        _, tokens = answered(embedded, tokenizer, [f"3\n4\n{last}"] * 2, end=False)
-        assert pieces_of(embedded, tokenizer, tokens[0]) == ["3\n", "4\n", last]
-
-
-def test_segment_rewards_add_up(embedded, tokenizer):
-    """A segment's reward is what it added: together, the answer's less an empty answer's."""
-    gspo, gspo.GROUP_SIZE = embedded, 4
-    gspo.REWARD_WEIGHTS = {"function": 1.0}
-    run = SimpleNamespace(tokenizer=tokenizer, scorers={"function": toy_score})
-    batch, tokens = answered(gspo, tokenizer, ANSWERS)
-    rewards, segments = gspo.segment_rewards(run, ROWS, batch)
-    parts = gspo.score_completions(run, ROWS, batch)[1]
+def test_sentences_rewards_add_up(embedded, tokenizer):
+    """A sentence's reward is what it added: together, the answer's less an empty answer's. One that
+    is not there added 0."""
+    gspo, seen = embedded, scored_sentences(embedded, tokenizer, ANSWERS)
     whole = torch.tensor(toy_score(None, ANSWERS, None))
-    torch.testing.assert_close(torch.tensor(parts["function"]), whole)
     empty, = toy_score(None, [""], None)
-    torch.testing.assert_close(rewards.nansum(1), whole - empty)
-    for i, ids in enumerate(tokens):
-        ends = gspo.segment_ends(tokenizer, ids)
-        assert rewards[i].isfinite().tolist() == [k < len(ends) for k in range(rewards.shape[1])]
-        scores = toy_score(None, [tokenizer.decode(ids[:end], skip_special_tokens=True)
-                                  for end in [0, *ends]], None)
+    torch.testing.assert_close(seen.added.sum(1), whole - empty)
+    assert seen.added.shape == (8, 4)  # "3. 4. 5. 6"
+    for i, pieces in enumerate(seen.pieces):
+        scores = toy_score(None, ["".join(pieces[:k]) for k in range(len(pieces) + 1)], None)
         added = [after - before for before, after in zip(scores, scores[1:])]
-        assert rewards[i, :len(ends)].tolist() == pytest.approx(added, abs=1e-5)
-        expected = [k for k, (a, b) in enumerate(zip([0, *ends], ends)) for _ in range(a, b)]
-        assert segments[i, :len(ids)].tolist() == expected
-    assert rewards.shape[1] == 4  # "3. 4. 5. 6"
-    advantages = gspo.compute_advantages(rewards)
-    assert torch.equal(advantages == 0, rewards.isnan())
+        assert seen.added[i].tolist() == pytest.approx(added + [0.0] * (4 - len(added)), abs=1e-5)
+    advantages = gspo.compute_advantages(seen.added)
+    torch.testing.assert_close(advantages.unflatten(0, (2, 4)).sum(1), torch.zeros(2, 4),
+                               rtol=0, atol=1e-5)  # each sentence against the others' same one
     gspo.USE_SEQUENCE_LEVEL_REWARD = False
-    by_token = gspo.token_advantages(run, ROWS, batch, whole)
-    for i, ids in enumerate(tokens):
-        expected = [float(advantages[i, k]) for k in segments[i, :len(ids)]]
-        assert by_token[i, :len(ids)].tolist() == expected
-    assert by_token[6, :len(tokens[6])].unique().numel() == 4
+    by_token = gspo.token_advantages(seen.run, ROWS, seen.batch, whole)
+    assert by_token.isfinite().all() and by_token.shape == seen.batch.completion_mask.shape
+    for i, length in enumerate(seen.lengths):
+        expected = [float(advantages[i, k]) for k in seen.sentence[i, :length]]
+        assert by_token[i, :length].tolist() == expected
+    assert by_token[6, :seen.lengths[6]].unique().numel() == 4
 
 
-def test_single_segments_are_sequence_level(embedded, tokenizer):
-    """Answers of one segment each have the relative advantages that whole answers have."""
-    gspo, gspo.GROUP_SIZE = embedded, 4
-    gspo.REWARD_WEIGHTS = {"function": 1.0}
-    run = SimpleNamespace(tokenizer=tokenizer, scorers={"function": toy_score})
-    batch, _ = answered(gspo, tokenizer, ["Answer: 12", "12", "no dots", "7+8 = 3.", "x", "9 9",
-                                          "I think it is 4.", "?"])
-    rewards, _ = gspo.score_completions(run, ROWS, batch)
-    assert gspo.segment_rewards(run, ROWS, batch)[0].shape == (8, 1)
+def test_single_sentences_are_sequence_level(embedded, tokenizer):
+    """Answers of one sentence each have the relative advantages that whole answers have."""
+    gspo = embedded
+    texts = ["Answer: 12", "12", "no dots", "7+8 = 3.", "x", "9 9", "I think it is 4.", "?"]
+    seen = scored_sentences(gspo, tokenizer, texts)
+    assert seen.added.shape == (8, 1)
+    rewards, _ = gspo.score_completions(seen.run, ROWS, seen.batch)
     results = []
     for gspo.USE_SEQUENCE_LEVEL_REWARD in (True, False):
-        results.append(gspo.token_advantages(run, ROWS, batch, rewards))
-        assert results[-1].shape == batch.completion_mask.shape
+        results.append(gspo.token_advantages(seen.run, ROWS, seen.batch, rewards))
+        assert results[-1].shape == seen.batch.completion_mask.shape
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     assert torch.equal(results[0][:, 0], gspo.compute_advantages(rewards))
     assert results[0].abs().max() > 0.1
