@@ -55,15 +55,16 @@ def rollout(embedded, trainer, monkeypatch):
     gspo, policy, tokenizer = embedded, trainer.model, trainer.processing_class
     gspo.TEMPERATURE, gspo.GROUP_SIZE, gspo.ADVANTAGE_TYPE = TEMPERATURE, GROUP, "normalized"
     gspo.ADVANTAGE_EPSILON, gspo.MAX_NEW_TOKENS = 1e-4, 40  # 1e-4 is TRL's
-    rows = gspo.load_rows(gspo.eval_datasets, "eval_datasets")[:PROMPTS]
-    rows = gspo.with_prompts(rows, tokenizer, "eval_datasets")
-    batch = gspo.sample_groups(policy, tokenizer, rows, GROUP, torch.Generator().manual_seed(0))
+    rows = gspo.load_rows("eval_datasets", tokenizer)[:PROMPTS]
+    torch.manual_seed(0)
+    batch = gspo.sample_groups(policy, tokenizer, rows, GROUP)
     assert batch.completion_mask.sum(1).unique().numel() > 4  # unequal lengths, as in real life
     rewards = torch.tensor(rewards_of_rows(None, None))[:, None]
     batch.advantages = gspo.compute_advantages(rewards).expand_as(batch.completion_mask)
     batch.old_logps = gspo.behaviour_logps(policy, batch)
     prompts = [row["prompt_ids"] for row in rows for _ in range(GROUP)]
-    tokens = gspo.completion_tokens(batch)
+    tokens = [ids[mask.bool()].tolist()
+              for ids, mask in zip(batch.completion_ids, batch.completion_mask)]
     texts = tokenizer.batch_decode(tokens)
     monkeypatch.setattr(trainer, "_generate", lambda given: (
         prompts, tokens, None, texts, None, {}, None, []))
@@ -87,7 +88,7 @@ def moved(rollout, trainer):
             logps = gspo.score_tokens(trainer.model, batch)[0]
         statistics = gspo.policy_loss(logps, batch.old_logps, batch.advantages,
                                       batch.completion_mask)[1]
-        ratio = statistics["ratio"][:, 0]
+        ratio = statistics["ratio/mean"][:, 0]
         clear = min((ratio - 1 + 3e-4).abs().min(), (ratio - 1 - 4e-4).abs().min()) > 1e-5
         if clear and all(statistics[f"clip_ratio/{side}_mean"].any() for side in ("low", "high")):
             break
