@@ -78,19 +78,21 @@ class Either(NamedTuple):
 
 
 # ========================================== Constants ===========================================
-# Edit them here, or set them on the command line as NAME=VALUE: a plain value holds everywhere.
+# Edit them here or on the command line (NAME=VALUE). `configure` makes one value of each Either: of
+# the first on a GPU, of the second without one. A plain value in its place holds everywhere.
 
 # --- Model
 PROFILE = "auto"  # which value of Either(full, embedded); "auto": full where there is a CUDA GPU
 POLICY_MODEL = Either("Qwen/Qwen3-0.6B", "data/policy")  # folder or model id; also the KL reference
-REWARD_MODEL = Either("OpenAssistant/reward-model-deberta-v3-large-v2", "data/reward_model")
+REWARD_MODEL = Either(  # scores (question, answer) pairs; a folder or model id
+    "OpenAssistant/reward-model-deberta-v3-large-v2", "data/reward_model")
 ENABLE_THINKING = False  # the chat template's switch; a thought rarely fits into MAX_NEW_TOKENS
 DEVICE = Either("cuda", "cpu")  # of the policy; several GPUs: CUDA_VISIBLE_DEVICES chooses
 FROZEN_DEVICE = Either("cuda", "cpu")  # of reference and reward model; "cuda:1": a second GPU
-DTYPE = Either("bfloat16", "float32")  # of the passes; weights and log-probs are float32 anyway
+DTYPE = Either("bfloat16", "float32")  # of passes and frozen weights; what is trained is float32
 THREADS = Either(0, 1)  # on the CPU; 0: PyTorch's choice, faster on an idle machine only
-LOGITS_AT_ONCE = 2**24  # logits alive at a time: (B, T, V) never exists; changes memory only
-GRADIENT_CHECKPOINTING = Either(True, False)  # keep each layer's input only; changes memory only
+LOGITS_AT_ONCE = 2**24  # logits alive at a time in training: (B, T, V) never exists; memory only
+GRADIENT_CHECKPOINTING = Either(True, False)  # keep layers' inputs only: less memory, more time
 LORA_RANK = 0  # train an adapter of this rank (pip install peft), not the weights; 0: all weights
 LORA_ALPHA = 32  # an adapter's product is scaled by LORA_ALPHA / LORA_RANK
 
@@ -109,12 +111,12 @@ MAX_PROMPT_TOKENS = Either(256, 64)  # tokens; longer prompts are dropped and co
 BATCH_SIZE = Either(2, 16)  # prompts per rollout
 GROUP_SIZE = Either(4, 8)  # completions per prompt (G)
 MAX_NEW_TOKENS = Either(512, 60)  # tokens per completion, the end token included
-TEMPERATURE = 1.0  # of the sampled and of the trained distribution: they must be the same
+TEMPERATURE = 1.0  # of sampling, and of the log-probs that are trained: else ratios are wrong
 
 # --- Reward
-REWARD_WEIGHTS = {"model": 0.5, "verifier": 1.0}  # and "function"; the reward is their sum
-REWARD_SIGMOID = True  # the reward model's score goes through a sigmoid: 0.5 x it < 1 right answer
-REWARD_FUNCTION = ""  # "file.py:name": name(questions, responses, references) -> scores; or README
+REWARD_WEIGHTS = {"model": 0.5, "verifier": 1.0}  # and "function"; their weighted sum
+REWARD_SIGMOID = True  # squash the reward model's score into 0..1: it can't outweigh a right answer
+REWARD_FUNCTION = ""  # "file.py:name": name(questions, responses, references) -> scores (README)
 USE_SEQUENCE_LEVEL_REWARD = True  # False: each sentence is rewarded with what it added
 MAX_REWARD_TOKENS = 512  # tokens of a pair, DeBERTa's training length; the longer part is cut
 REWARD_BATCH = 64  # pairs per forward pass of the reward model; changes memory only
@@ -153,7 +155,7 @@ EVAL_TEMPERATURE = 1.0  # of the sampled evaluation; the other one is greedy
 SHOW_SAMPLES = 3  # held-out questions whose answers are printed at each evaluation
 
 # --- Output
-OUTPUT_DIR = "runs/{script}"  # in the project's folder; with _2, _3, ... where there is a run
+OUTPUT_DIR = "runs/{script}"  # in the project's folder; with _2, _3, ... if it is in use
 SAVE_EVERY = 0  # rollouts between extra checkpoints step_N/; 0: only epoch_N/
 RESUME_FROM = ""  # an epoch_N/ or step_N/ folder to go on from, exactly
 
@@ -209,10 +211,10 @@ def train(run):
 
 
 def minibatches(batch, passes):
-    """`passes` times over the batch in new random order, MINIBATCH completions each, of all
-    processes together. Groups stay together: they share a row of the forward pass."""
-    rows = torch.arange(len(batch.ended), device=batch.ended.device)
-    groups = rows.unflatten(0, (-1, GROUP_SIZE))                          # (P, G)
+    """`passes` times over the batch in new random order, MINIBATCH completions (of all processes)
+    each. Answers to a question stay side by side: `states_before` runs their prompt once."""
+    index = torch.arange(len(batch.ended), device=batch.ended.device)
+    groups = index.unflatten(0, (-1, GROUP_SIZE))                         # (P, G)
     for _ in range(passes):
         order = groups[torch.randperm(len(groups))].flatten()
         yield from map(batch.rows, order.split(MINIBATCH // processes))
@@ -265,14 +267,14 @@ def token_advantages(run, rows, batch, rewards):
 
 def sentence_rewards(run, rows, batch):
     """The sentence, from 0, of each token, (B, T), and what each adds to the reward of the answer's
-    beginning, (B, K); one that an answer does not have adds 0. A sentence ends behind a full stop
-    (or decimal point) or a line; the end token is part of the last one."""
+    beginning, (B, K), 0 if an answer has no such sentence: K + 1 scorings, the first of nothing. A
+    sentence ends after a full stop (or decimal point) or newline; the end token is in the last."""
     tokens, place = batch.completion_ids.unique(return_inverse=True)
     texts = run.tokenizer.batch_decode(tokens[:, None])
     ends = torch.tensor([text.rstrip(" ").endswith((".", "\n")) for text in texts],
                         device=place.device)[place]                       # (B, T)
-    more = batch.completion_mask.flip(1).cumsum(1).flip(1) > 2  # than the end token comes after it
-    ends &= more & ~F.pad(ends[:, 1:], (0, 1))  # of "...\n" the last one
+    more = batch.completion_mask.flip(1).cumsum(1).flip(1) > 2  # two tokens follow: text and end
+    ends &= more & ~F.pad(ends[:, 1:], (0, 1))  # of ".\n" only the second
     sentence = ends.cumsum(1) - ends.long()
     beginnings = [score_completions(run, rows, batch, sentence < k)[0]
                   for k in range(int(sentence.max()) + 2)]                # K + 1 times (B,)
@@ -304,7 +306,7 @@ def policy_loss(logps, old_logps, advantages, mask):
 
 
 def ratio_statistics(ratio, advantages, low, high):
-    """The ratio, and the tokens whose gradient is cut: below, A < 0; above, A > 0. (b, T) each."""
+    """The ratio, and the tokens that are clipped: below, A < 0; above, A > 0. (b, T) each."""
     below = ((ratio < 1 - low) & (advantages < 0)).float()
     above = ((ratio > 1 + high) & (advantages > 0)).float()
     return {"ratio/mean": ratio, "clip_ratio/low_mean": below, "clip_ratio/high_mean": above,
@@ -339,7 +341,7 @@ def kl_to_reference(logps, old_logps, ref_logps):
     """KL(pi || ref) at each sampled token (b, T), as 1 - r (1 + g), g = log ref - log pi: the
     expectation is the KL, and the expectation of the gradient is the KL's gradient.
 
-    r = pi / pi_old, which carries gradient too: the tokens are pi_old's, r makes them pi's. (The
+    r = pi / pi_old, which carries gradient too: a token is pi_old's, r makes it pi's. (The
     usual k3 = e^g - 1 - g, differentiated, has the gradient of the *other* KL, KL(ref || pi).)
     """
     ratio = torch.exp((logps - old_logps).clamp(max=20.0))
@@ -347,7 +349,8 @@ def kl_to_reference(logps, old_logps, ref_logps):
 
 
 def adapt_kl_coef(coefficient, kl):
-    """The next KL coefficient: x 1.5 if the mean KL is above 2 TARGET_KL, x 0.5 below half of it.
+    """The next KL coefficient: x 1.5 if the mean KL is above 2 TARGET_KL, x 0.5 below half of it,
+    kept in [0.01, 1]. (The KL begins at 0, so the coefficient first falls.)
 
     >>> [adapt_kl_coef(0.2, k * TARGET_KL) for k in (3, 1, 0.1)], adapt_kl_coef(0.9, 1e3)
     ([0.30000000000000004, 0.2, 0.1], 1.0)
@@ -384,14 +387,14 @@ class Batch(SimpleNamespace):
     prompt_ids, prompt_mask          (B, L), padded on the left
     completion_ids, completion_mask  (B, T), padded on the right; 1.0 up to and including the end
     sampled_logps                    (B, T), float32, as they were when the tokens were drawn
-    ended                            (B,) bool, False where MAX_NEW_TOKENS cut the completion off
+    ended                            (B,) bool, False where MAX_NEW_TOKENS truncated it
     """
 
     def rows(self, index):
         """The batch of the given rows."""
         return Batch(**{name: tensor[index] for name, tensor in vars(self).items()})
 
-    def group(self):
+    def group_size(self):
         """How many completions there are of each prompt."""
         return int((self.prompt_index == self.prompt_index[0]).sum())
 
@@ -412,22 +415,23 @@ def sample_groups(model, tokenizer, rows, group_size, temperature=None):
     Each prompt is run once, its keys and values are copied for its group, and all completions are
     decoded together; one that has ended is run no longer. Of the model's generation_config only the
     end ids are used (Qwen3's also says top_k 20): what is sampled is softmax(logits / temperature),
-    which is what is trained. `temperature`: TEMPERATURE unless given; 0 is greedy. All chance is
-    drawn first, a number for each completion and token: what one becomes does not depend on those
-    beside it, nor on the number of processes.
+    which is what is trained. `temperature`: TEMPERATURE unless given; 0 is greedy. All random
+    numbers are drawn first, one for each completion and token: what a completion becomes does not
+    depend on those beside it, nor on the number of processes.
     """
     temperature = TEMPERATURE if temperature is None else temperature
     prompt_ids, prompt_mask = pad_prompts(rows, tokenizer, model.device)               # (P, L)
     index = torch.arange(len(rows), device=model.device).repeat_interleave(group_size)  # (B,)
-    chance = torch.rand(len(rows) * processes, group_size, MAX_NEW_TOKENS, dtype=torch.float64,
-                        device=model.device)[rank::processes].flatten(0, 1)            # (B, T)
-    ids = torch.full_like(chance, tokenizer.pad_token_id, dtype=torch.long)
-    mask, logps = torch.zeros(2, *chance.shape, device=model.device)
+    if temperature:
+        chance = torch.rand(len(rows) * processes, group_size, MAX_NEW_TOKENS, dtype=torch.float64,
+                            device=model.device)[rank::processes].flatten(0, 1)        # (B, T)
+    mask, logps = torch.zeros(2, len(index), MAX_NEW_TOKENS, device=model.device)      # (B, T)
+    ids = torch.full_like(mask, tokenizer.pad_token_id, dtype=torch.long)
     ends = model.generation_config.eos_token_id  # Qwen3 has two; the second is its padding id, too
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     ends = torch.tensor(sorted(ends), device=model.device)
     weight = model.get_output_embeddings().weight.to(getattr(torch, DTYPE))  # cast once
-    cache, row = Cache(config=model.config), torch.arange(len(chance), device=model.device)
+    cache, row = Cache(config=model.config), torch.arange(len(index), device=model.device)
     with autocast():  # one block, in which the other weights are cast once
         place = (prompt_mask.cumsum(1) - 1).clamp(min=0)                               # (P, L)
         states = run_model(model, prompt_ids, prompt_mask, place, cache)[:, -1]        # (P, H)
@@ -437,14 +441,14 @@ def sample_groups(model, tokenizer, rows, group_size, temperature=None):
         prompt_ids, prompt_mask, states, place = (
             x[index] for x in (prompt_ids, prompt_mask, states, place[:, -1:]))
         seen = prompt_mask[:, None, None].bool()                                 # (n, 1, 1, L)
-        for t in tqdm(range(MAX_NEW_TOKENS), "rollout", unit="token", leave=False, delay=5):
+        for t in tqdm(range(MAX_NEW_TOKENS), "rollout", leave=False, delay=5, disable=rank > 0):
             if t:
                 seen, place = F.pad(seen, (0, 1), value=True), place + 1
                 states = run_model(model, token[:, None], seen, place, cache)[:, -1]   # (n, H)
-            scores = torch.log_softmax(product(states, weight.T) / (temperature or 1.0), -1)
-            token = draw(scores, chance[row, t]) if temperature else scores.argmax(-1)  # (n,)
+            all_logps = torch.log_softmax(product(states, weight.T) / (temperature or 1.0), -1)
+            token = draw(all_logps, chance[row, t]) if temperature else all_logps.argmax(-1)
             ids[row, t], mask[row, t] = token, 1.0
-            logps[row, t] = scores.gather(1, token[:, None])[:, 0]
+            logps[row, t] = all_logps.gather(1, token[:, None])[:, 0]
             going = (~torch.isin(token, ends)).nonzero()[:, 0]
             if len(going) < len(row):  # those that have ended leave
                 row, token, seen, place = (x[going] for x in (row, token, seen, place))
@@ -514,8 +518,8 @@ class InPieces(torch.autograd.Function):
     def forward(ctx, states, weight, tokens):
         """The values, (2, n)."""
         ctx.save_for_backward(states, weight, tokens)
-        size, weight = max(1, LOGITS_AT_ONCE // len(weight)), weight.to(getattr(torch, DTYPE))
-        return torch.cat([logps_and_entropy(product(some, weight.T), ids) for some, ids in
+        size, head = max(1, LOGITS_AT_ONCE // len(weight)), weight.to(getattr(torch, DTYPE))
+        return torch.cat([logps_and_entropy(product(some, head.T), ids) for some, ids in
                           zip(states.split(size), tokens.split(size))], 1)
 
     @staticmethod
@@ -524,14 +528,14 @@ class InPieces(torch.autograd.Function):
         states, weight, tokens = ctx.saved_tensors
         d_states = torch.empty_like(states)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        size, weight = max(1, LOGITS_AT_ONCE // len(weight)), weight.to(getattr(torch, DTYPE))
+        size, head = max(1, LOGITS_AT_ONCE // len(weight)), weight.to(getattr(torch, DTYPE))
         for some, ids, d_values, d_some in zip(states.split(size), tokens.split(size),
                                                upstream.split(size, 1), d_states.split(size)):
-            logits = product(some, weight.T).requires_grad_()
+            logits = product(some, head.T).requires_grad_()
             with torch.enable_grad():
                 values = logps_and_entropy(logits, ids)
             d_logits, = torch.autograd.grad(values, logits, d_values)
-            d_some.copy_(product(d_logits, weight))
+            d_some.copy_(product(d_logits, head))
             if d_weight is not None:  # in slices: a second (V, H) would be 0.6 GB
                 for total, part in zip(d_weight.split(2**14), d_logits.split(2**14, 1)):
                     total += product(part.T, some)
@@ -540,9 +544,9 @@ class InPieces(torch.autograd.Function):
 
 def states_before(model, batch):
     """The last hidden state before each completion token, (n, H), in the order of the mask. A row
-    of the forward pass is a prompt and its g completions, one behind the other without padding; a
-    token sees its prompt and, in its own completion, what is before it."""
-    group, mask = batch.group(), batch.completion_mask.bool()
+    of the forward pass is a prompt and its g completions: of "pq", "abc", "de" it is p q a b d, at
+    positions 0 1 2 3 2. q predicts a and d; d sees p q d; what c and e predict is not needed."""
+    group, mask = batch.group_size(), batch.completion_mask.bool()
     prompt_ids, prompt_mask = batch.prompt_ids[::group], batch.prompt_mask[::group]    # (p, L)
     (count, width), longest = prompt_mask.shape, mask.shape[1]
     length = prompt_mask.sum(1, keepdim=True)                                          # (p, 1)
@@ -599,8 +603,8 @@ def reference_logps(run, batch):
 
 
 def behaviour_logps(policy, batch):
-    """The sampling policy's log-probs (B, T). In float32 the sampler's own are exact; bfloat16
-    rounds decoding and scoring apart by more than GSPO's clip range: then they are scored again."""
+    """The sampling policy's log-probs (B, T): in float32 the sampler's, equal to `score_tokens` but
+    for float noise; bfloat16 rounds the two apart by more than GSPO's clip range: computed anew."""
     return batch.sampled_logps if DTYPE == "float32" else score_without_grad(policy, batch)
 
 
@@ -617,7 +621,7 @@ def begin_step(run):
 def micro_batches(batch):
     """A batch's row numbers, at most MICRO_BATCH at a time and equally many of each prompt: groups
     of like length together, so that little is padding. The gradients of the parts add up."""
-    group = batch.group()
+    group = batch.group_size()
     size = max(n for n in range(1, MICRO_BATCH + 1) if n % group == 0 or group % n == 0)
     groups = torch.arange(len(batch.ended), device=batch.ended.device).unflatten(0, (-1, group))
     order = batch.completion_mask.sum(1)[groups].sum(1).argsort(stable=True)
@@ -634,19 +638,18 @@ def new_optimizer(module, learning_rate):
 def optimiser_step(run, name, meter):
     """One AdamW step of a trained module on its gradient: the mean of all processes', clipped."""
     optimizer = run.trained[name][1]
-    group = optimizer.param_groups[0]
+    settings = optimizer.param_groups[0]
     if processes > 1:
-        for parameter in group["params"]:
+        for parameter in settings["params"]:
             dist.all_reduce(parameter.grad.div_(processes))
-    with one_line(f"step {run.step}, {name}", "finite gradients: lower the learning rate, and "
-                  f"RESUME_FROM a checkpoint in {run.folder}"):
-        norm = torch.nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM or math.inf,
+    with one_line(f"step {run.step}, {name}", "finite gradients: lower LEARNING_RATE, RESUME_FROM"):
+        norm = torch.nn.utils.clip_grad_norm_(settings["params"], MAX_GRAD_NORM or math.inf,
                                               error_if_nonfinite=True)
     done = float(next(iter(optimizer.state.values()), {"step": 0})["step"])
-    group["lr"] = group["initial_lr"] * min(1.0, (done + 1) / max(1, WARMUP_STEPS))
+    settings["lr"] = settings["initial_lr"] * min(1.0, (done + 1) / max(1, WARMUP_STEPS))
     optimizer.step()
     optimizer.zero_grad()
-    meter.add({"grad_norm": norm, "learning_rate": group["lr"]})
+    meter.add({"grad_norm": norm, "learning_rate": settings["lr"]})
 
 
 class Meter:
@@ -737,20 +740,20 @@ def load_scorers(rows):
         checked_scores("function", scorers["function"], *trial)
     if not REWARD_WEIGHTS.get("model"):
         return scorers
-    pair_of = load(AutoTokenizer, REWARD_MODEL, "REWARD_MODEL")
-    judge = load(AutoModelForSequenceClassification, REWARD_MODEL, "REWARD_MODEL",
+    tokenizer = load(AutoTokenizer, REWARD_MODEL, "REWARD_MODEL")
+    model = load(AutoModelForSequenceClassification, REWARD_MODEL, "REWARD_MODEL",
                  dtype=getattr(torch, DTYPE)).to(FROZEN_DEVICE).eval()
-    if judge.num_labels != 1:
-        fail(f"REWARD_MODEL={REWARD_MODEL}: it has {judge.num_labels} outputs; expected one score")
+    if model.num_labels != 1:
+        fail(f"REWARD_MODEL={REWARD_MODEL}: it has {model.num_labels} outputs; expected one score")
 
     @torch.no_grad()
     def score(questions, responses, references):
         pairs = sorted(set(zip(questions, responses)), key=lambda pair: (len("".join(pair)), pair))
         scores = {}  # of pairs of like length together
         for some in (pairs[at:at + REWARD_BATCH] for at in range(0, len(pairs), REWARD_BATCH)):
-            inputs = pair_of(*map(list, zip(*some)), truncation="longest_first", padding=True,
-                             max_length=MAX_REWARD_TOKENS, return_tensors="pt").to(judge.device)
-            logits = judge(**inputs).logits[:, 0].float()                              # (n,)
+            inputs = tokenizer(*map(list, zip(*some)), truncation="longest_first", padding=True,
+                             max_length=MAX_REWARD_TOKENS, return_tensors="pt").to(model.device)
+            logits = model(**inputs).logits[:, 0].float()                              # (n,)
             scores |= zip(some, (logits.sigmoid() if REWARD_SIGMOID else logits).tolist())
         return [scores[pair] for pair in zip(questions, responses)]
     return scorers | {"model": score}
@@ -758,8 +761,9 @@ def load_scorers(rows):
 
 def check_reward_model(run):
     """Show the reward model a right answer and the same with another number; say what it thinks."""
-    question, right = run.train_rows[0]["question"], run.train_rows[0]["answer"]
-    wrong = re.sub(r"[0-9][0-9.,]*(?=[^0-9]*$)", str(abs(last_number(right) or 0) + 1), right)
+    row = next((row for row in run.train_rows if last_number(row["answer"])), run.train_rows[0])
+    question, right = row["question"], row["answer"]
+    wrong = re.sub(r"[\d.,]*\d(?=\D*$)", str(abs(last_number(right) or 0) + 1), right)
     good, bad = run.scorers["model"]([question] * 2, [right, wrong], [right] * 2)
     return (f"the reward model scores {right[-36:]!r} {good:.2f} and {wrong[-36:]!r} {bad:.2f}" +
             ("" if good > bad else ": the wrong one is not lower, do not trust it alone"))
@@ -788,7 +792,6 @@ def score_completions(run, rows, batch, kept=True):
              [row["answer"] for row in rows])
     parts = {name: checked_scores(name, scorer, *texts) for name, scorer in run.scorers.items()}
     return sum(REWARD_WEIGHTS.get(name, 0.0) * scores for name, scores in parts.items()), parts
-
 
 
 def load_rows(name, tokenizer):
@@ -840,7 +843,7 @@ def next_questions(run, count):
 def evaluate(run):
     """Held-out accuracy, reward and length, always of the same questions and random numbers."""
     torch.manual_seed(SEED)
-    meter, samples = Meter(), []
+    meter, shown = Meter(), []
     blocks = (run.eval_rows[at:at + EVAL_BATCH] for at in range(0, len(run.eval_rows), EVAL_BATCH))
     for some in filter(None, (block[rank::processes] for block in blocks)):
         greedy = texts_of(run, sample_groups(run.policy, run.tokenizer, some, 1, temperature=0))
@@ -851,13 +854,13 @@ def evaluate(run):
                    "eval/reward": rewards, "eval/mean_length": batch.completion_mask.sum(1)})
         for i, text in enumerate(texts_of(run, batch)):
             scores = ", ".join(f"{name} {scores[i]:.2f}" for name, scores in parts.items())
-            samples.append(f"  {some[i]['question']}\n    {text}\n    reward {rewards[i]:.2f} "
-                           f"({scores})\n")
+            scores = f"reward {rewards[i]:.2f} ({scores})"
+            shown.append(f"  {some[i]['question']}\n    {text}\n    {scores}\n")
     meter.lap("eval")
     metrics = meter.means()
     heading = ("step {}: held-out accuracy {eval/accuracy:.3f} sampled, {eval/accuracy_greedy:.3f} "
                "greedy; reward {eval/reward:.3f}; {eval/mean_length:.1f} tokens\n")
-    run.samples = heading.format(run.step, **metrics) + "".join(samples[:SHOW_SAMPLES])
+    run.samples = heading.format(run.step, **metrics) + "".join(shown[:SHOW_SAMPLES])
     tqdm.write(run.samples)
     return metrics
 
@@ -903,10 +906,9 @@ def finish_step(run, metrics, name=""):
             save_checkpoint(run, name or (f"step_{run.step}" if rest else f"epoch_{epoch}"))
         if "eval/accuracy" in row:
             plot_metrics(run)
-    if run.bar is not None:
-        run.bar.set_postfix_str(", ".join(f"{label} {row[key]:.3g}" for key, label in SHOWN.items()
-                                          if key in row), refresh=False)
-        run.bar.update()
+    run.bar.set_postfix_str(", ".join(f"{label} {row[key]:.3g}" for key, label in SHOWN.items()
+                                      if key in row), refresh=False)
+    run.bar.update(run.step - run.bar.n)
 
 
 def save_checkpoint(run, name):
@@ -968,8 +970,7 @@ def plot_metrics(run):
                 points = table[name].dropna()
                 axes.plot(points, label=name, marker="" if len(points) == run.step else ".")
         axes.grid(alpha=0.25)
-        if len(names) > 1:
-            axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, frameon=False)
     figure.suptitle(f"{run.facts['script']}: {POLICY_MODEL}, seed {SEED}, by step")
     figure.savefig(run.folder / ".training_metrics.png", dpi=110)
     os.replace(run.folder / ".training_metrics.png", run.folder / "training_metrics.png")
@@ -1052,7 +1053,7 @@ def parse(argument):
         close = difflib.get_close_matches(name.upper(), known, n=1)
         close = f" (did you mean {close[0]}?)" if close else ""
         fail(f"{argument!r} is not NAME=VALUE{close}; expected one of {', '.join(known)}")
-    kind = type(known[name])
+    kind = float if name == "CLIP_RANGE" else type(known[name])
     if kind is str:
         return name, value
     with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -1060,17 +1061,19 @@ def parse(argument):
     if type(value) in (int, float) and kind in (int, float) and math.isfinite(value):
         value = kind(value) if kind(value) == value else value  # 1 for 1.0, 1000 for 1e3
     value = tuple(value) if type(value) is list and kind in (tuple, float) else value
-    if type(value) is kind and value != math.inf or {type(value), kind} == {float, tuple}:
-        return name, value  # CLIP_RANGE: a number or a pair
+    if value != math.inf and type(value) in (kind, tuple if name == "CLIP_RANGE" else kind):
+        return name, value
     fail(f"{argument}: found {type(value).__name__}, expected {kind.__name__}, as {known[name]!r}")
 
 
 def configure(arguments):
     """Set the constants: this file's, those of the checkpoint that is resumed, the command line's;
-    resolve what is Either by the profile; hold them to the rules."""
+    resolve what is Either by the profile; hold them to the rules. Returns where the run stands."""
+    counters = {"step": 0, "questions": 0, "num_tokens": 0, "state": {}}  # `state`: the algorithm's
     if folder := dict(map(parse, arguments)).get("RESUME_FROM", RESUME_FROM):
         with one_line(f"RESUME_FROM={folder}", "an epoch_N or step_N folder, N > 0, of a run"):
             saved = json.loads((find_path(folder) / "constants.json").read_text())["constants"]
+            counters = json.loads((find_path(folder) / "trainer_state.json").read_text())
         elsewhere = {"DEVICE", "FROZEN_DEVICE", "RESUME_FROM"} | saved.keys() - DEFAULTS.keys()
         arguments = [f"{name}={saved[name]}" for name in saved.keys() - elsewhere] + arguments
     values = DEFAULTS | dict(map(parse, arguments))
@@ -1084,6 +1087,7 @@ def configure(arguments):
                 continue
         found = [f"{name}={values[name]!r}" for name in values if re.search(rf"\b{name}\b", rule)]
         fail(f"{', '.join(found)}: expected {rule}")
+    return counters
 
 
 def load(kind, name, constant, **options):
@@ -1097,13 +1101,16 @@ def load_policy(name, frozen=False):
     """A causal model. Trained weights stay float32: AdamW's steps of 1e-6 round to nothing in
     bfloat16. Evaluation mode: dropout would train something else."""
     dtype = getattr(torch, DTYPE) if frozen or LORA_RANK else torch.float32
-    model = load(AutoModelForCausalLM, name, "POLICY_MODEL", dtype=dtype)
+    constant = "RESUME_FROM" if name == RESUME_FROM else "POLICY_MODEL"
+    model = load(AutoModelForCausalLM, name, constant, dtype=dtype)
     model = model.to(FROZEN_DEVICE if frozen else DEVICE).eval().requires_grad_(not frozen)
-    if LORA_RANK and not frozen:  # beside every linear layer but the head; float32
+    if LORA_RANK and not frozen:  # beside every linear layer but the head
         with one_line(f"LORA_RANK={LORA_RANK}", "the package peft: pip install peft"):
             from peft import LoraConfig
             model.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0,
                                          target_modules="all-linear"))
+        for parameter in filter(lambda each: each.requires_grad, model.parameters()):
+            parameter.data = parameter.data.float()  # peft gives it the base's dtype
     for layer in model.modules():  # transformers' own way works in training mode only
         if GRADIENT_CHECKPOINTING and not frozen and isinstance(layer, GradientCheckpointingLayer):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
@@ -1113,11 +1120,12 @@ def load_policy(name, frozen=False):
 
 def new_folder():
     """Make the run's folder: OUTPUT_DIR, or with _2, _3, ... behind it when that is in use."""
-    folder, number = PROJECT / OUTPUT_DIR.replace("{script}", Path(__file__).stem), 1
+    number = 1
+    folder = wanted = PROJECT / OUTPUT_DIR.replace("{script}", Path(__file__).stem)
     with one_line(f"OUTPUT_DIR={OUTPUT_DIR}", "a folder that can be made"):
         while folder.exists() and any(folder.iterdir()):
             number += 1
-            folder = folder.with_name(folder.name.removesuffix(f"_{number - 1}") + f"_{number}")
+            folder = wanted.with_name(f"{wanted.name}_{number}")
         everyone(None)  # all have seen what there is
         folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -1125,11 +1133,7 @@ def new_folder():
 
 def start(arguments):
     """From the command line to a run. What can be checked before models load is checked first."""
-    configure(arguments)
-    counters = {"step": 0, "questions": 0, "num_tokens": 0, "state": {}}  # `state`: the algorithm's
-    if RESUME_FROM:
-        with one_line(f"RESUME_FROM={RESUME_FROM}", "an epoch_N or step_N folder, N > 0, of a run"):
-            counters = json.loads((find_path(RESUME_FROM) / "trainer_state.json").read_text())
+    counters = configure(arguments)
     torch.set_num_threads(THREADS or torch.get_num_threads())
     torch.manual_seed(SEED)
     if DEVICE != "cpu":
@@ -1145,8 +1149,8 @@ def start(arguments):
     train_rows = load_rows("train_datasets", tokenizer)
     eval_rows = load_rows("eval_datasets", tokenizer)[:EVAL_QUESTIONS or None]
     if len(train_rows) < BATCH_SIZE or len(eval_rows) < processes:
-        fail(f"train_datasets, eval_datasets: {len(train_rows)} and {len(eval_rows)} questions by "
-             f"MAX_PROMPT_TOKENS={MAX_PROMPT_TOKENS}; expected BATCH_SIZE={BATCH_SIZE} and 1")
+        fail(f"train_datasets, eval_datasets: {len(train_rows)}, {len(eval_rows)} questions by "
+             f"MAX_PROMPT_TOKENS={MAX_PROMPT_TOKENS}; expected {BATCH_SIZE=}, {processes}")
     total_steps = min(NUM_EPOCHS * (len(train_rows) // BATCH_SIZE), MAX_STEPS or math.inf)
     if counters["step"] >= total_steps:
         fail(f"RESUME_FROM={RESUME_FROM} is at step {counters['step']} of {total_steps}; expected "
@@ -1158,7 +1162,7 @@ def start(arguments):
         trained={"policy": (policy, new_optimizer(policy, LEARNING_RATE))},  # saved; and a critic
         reference=None,  # the policy as it started, if the algorithm needs a copy of it
         eval_rows=eval_rows, steps_per_epoch=len(train_rows) // BATCH_SIZE, total_steps=total_steps,
-        history=[], samples="", bar=None, stopping=0.0, **counters | {"state": {}},
+        history=[], samples="", stopping=0.0, **counters | {"state": {}},
         source=Path(__file__).read_bytes())  # as it is now: checkpoints keep it
     prepare(run)
     if RESUME_FROM:
@@ -1166,7 +1170,7 @@ def start(arguments):
         run.state |= counters["state"]
     run.folder = new_folder()
     if REWARD_FUNCTION:
-        shutil.copy(find_path(REWARD_FUNCTION.partition(".py")[0] + ".py"), run.folder)
+        shutil.copy(find_path(re.sub(r":\w+$", "", REWARD_FUNCTION)), run.folder)
     describe(run, arguments)
     return run
 
@@ -1189,8 +1193,7 @@ def describe(run, arguments):
   policy    {POLICY_MODEL}, {trained:.2f} M parameters to train
   reward    {" + ".join(f"{weight} {name}" for name, weight in REWARD_WEIGHTS.items() if weight)}
   check     {check_reward_model(run) if "model" in run.scorers else "there is no reward model"}
-  data      {len(run.train_rows)} questions ({silent} answers without a number), \
-{len(run.eval_rows)} held out
+  data      {len(run.train_rows)} questions, {len(run.eval_rows)} held out; {silent} lack a number
   rollout   {BATCH_SIZE} prompts x {GROUP_SIZE} = {BATCH_SIZE * GROUP_SIZE} completions of at most \
 {MAX_NEW_TOKENS} tokens{": few for a GPU, raise BATCH_SIZE and MINIBATCH" * few}
   update    minibatch {MINIBATCH}, micro-batch {MICRO_BATCH}, learning rate {LEARNING_RATE:g}
@@ -1203,8 +1206,8 @@ def describe(run, arguments):
 def main(arguments):
     """`python SCRIPT [NAME=VALUE ...]`, or `torchrun --nproc_per_node=N SCRIPT ...`"""
     if {"-h", "--help"} & set(arguments):
-        source = Path(__file__).read_text(encoding="utf-8")
-        return print(__doc__, source.split("\n# ======")[1].partition("\n")[2], sep="\n")
+        source = Path(__file__).read_text(encoding="utf-8").partition("\nDEFAULTS")[0]
+        return print(__doc__, source[source.index("# --- Model"):], sep="\n")
     run = None
 
     def stop_soon(number, frame):
@@ -1217,10 +1220,10 @@ def main(arguments):
     signal.signal(signal.SIGTERM, stop_soon)
     try:
         run = start(arguments)
-        if run.step == 0:
-            finish_step(run, {})  # what there is before training
         with tqdm(total=run.total_steps, initial=run.step, unit="step", ncols=120,
                   disable=rank > 0) as run.bar:
+            if run.step == 0:
+                finish_step(run, {})  # what there is before training
             train(run)
         everyone(None)  # nobody leaves while another still writes
     except KeyboardInterrupt:
