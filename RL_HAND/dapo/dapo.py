@@ -131,10 +131,10 @@ MICRO_BATCH = Either(4, 32)  # completions per forward pass at most: memory and 
 SEED = 0  # of sampling, data order and shuffling
 
 # --- Algorithm
-DAPO_EPOCHS = Either(4, 2)  # passes over a rollout; with one update per rollout every ratio is 1
+DAPO_EPOCHS = Either(4, 2)  # passes over a rollout (sampling is slow); in update 1 all ratios are 1
 CLIP_RANGE = (0.2, 0.28)  # (low, high), or one number, of a *token's* ratio: sec. 4.1
 ADVANTAGE_TYPE = "normalized"  # (R - mean) / std, Eq. 9; "relative": R - mean
-USE_GROUP_NORMALIZATION = True  # mean and std over each group; False: over the whole rollout
+USE_GROUP_NORMALIZATION = True  # mean and std over a group; False: over a rollout (one process)
 STD_CORRECTION = 1  # the std divides by n - 1 (as TRL and verl do); 0: by n
 ADVANTAGE_EPSILON = 1e-6  # added to the std
 DYNAMIC_SAMPLING = True  # replace groups without spread, Eq. 11
@@ -165,20 +165,20 @@ DEFAULTS = {name: value for name, value in globals().items()
 
 
 def train(run):
-    """The whole algorithm. `run` (see `start`) holds the models, the data and the run's folder."""
+    """The whole algorithm, of B answers, b of them in a part, T tokens each. `run`: see `start`."""
     policy = run.policy
     while run.step < run.total_steps:
-        meter = begin_step(run)
+        meter = begin_step(run)                                           # what is measured goes in
         rows, batch, rewards, parts, sampling = sample_dynamically(run, meter)
         batch.advantages = token_advantages(run, rows, batch, rewards)    # (B, T)
         meter.lap("reward")
-        batch.old_logps = behaviour_logps(policy, batch)                  # (B, T) before any update
+        batch.old_logps = behaviour_logps(policy, batch)                  # (B, T) pi_old's
         meter.lap("logps")
 
         for minibatch in minibatches(batch, DAPO_EPOCHS):                 # an optimiser step each
             minibatch.weights = token_weights(loss_mask(minibatch))       # (b, T), sums to 1
-            for some in micro_batches(minibatch):                         # row numbers; for memory
-                micro = minibatch.rows(some)
+            for index in micro_batches(minibatch):                        # parts, for memory
+                micro = minibatch.rows(index)
                 logps, entropy = score_tokens(policy, micro)              # (b, T) each
                 policy_term, statistics = policy_loss(logps, micro.old_logps, micro.advantages,
                                                       micro.completion_mask)
@@ -355,12 +355,12 @@ def policy_loss(logps, old_logps, advantages, mask):
 
     logps, old_logps: (b, T) log-probs under the trained and the sampling policy; advantages (b, T);
     mask (b, T), 1 up to and including the end token. Returns the token losses and statistics,
-    (b, T) each; `token_weights` takes their mean. A token that is cut has *no* policy gradient:
+    (b, T) each; `token_weights` takes their mean. A clipped token has *no* policy gradient:
     min() takes the constant branch.
 
     >>> old, new = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-0.9, -1.5]])
     >>> loss, statistics = policy_loss(new, old, torch.ones(1, 2), torch.ones(1, 2))
-    >>> [f"{x:.4f}" for x in loss[0]]     # exp(0.1), inside the range; exp(0.5), cut off at 1.28
+    >>> [f"{x:.4f}" for x in loss[0]]     # exp(0.1), inside the range; exp(0.5), clipped to 1.28
     ['-1.1052', '-1.2800']
     """
     low, high = clip_range()
@@ -387,8 +387,8 @@ def clip_range():
 def token_weights(mask):
     """Each token's weight in its minibatch's loss (Eq. 12): the mean over all tokens that count.
 
-    mask: (b, T). Made for the whole minibatch before it is cut into pieces, so that MICRO_BATCH
-    changes the memory and nothing else.
+    mask: (b, T). Made for the whole minibatch before it is split, so that MICRO_BATCH changes the
+    memory and nothing else.
 
     >>> token_weights(torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])).tolist()
     [[0.25, 0.25, 0.25], [0.25, 0.0, 0.0]]

@@ -20,7 +20,7 @@ and what this script minimises is Eq. 3 with the sign of a loss, plus an optiona
 
 Dr. GRPO (arXiv:2503.20783): AGGREGATION=dr-grpo ADVANTAGE_TYPE=relative KL_COEF=0. GSPO
 (../gspo/gspo.py) has one ratio per *answer* in the same place. A token's ratio moves by tens of
-percent, so the range is wide (0.2), each token is cut by itself, and few are.
+percent, so the range is wide (0.2), each token is clipped by itself, and few are.
 
 Simplified on purpose: sampling and training take turns in the same processes, and sampling is a
 plain loop, many times slower on a GPU than an inference engine.
@@ -135,16 +135,16 @@ MICRO_BATCH = Either(4, 32)  # completions per forward pass at most: memory and 
 SEED = 0  # of sampling, data order and shuffling
 
 # --- Algorithm
-GRPO_EPOCHS = Either(4, 2)  # passes over a rollout; with one update per rollout every ratio is 1
+GRPO_EPOCHS = Either(4, 2)  # passes over a rollout (sampling is slow); in update 1 all ratios are 1
 CLIP_RANGE = 0.2  # (low, high), or one number, of a *token's* ratio; see policy_loss
 ADVANTAGE_TYPE = "normalized"  # (R - mean) / std, sec. 4.1.2; "relative": R - mean
-USE_GROUP_NORMALIZATION = True  # mean and std over each group; False: over the whole rollout
+USE_GROUP_NORMALIZATION = True  # mean and std over a group; False: over a rollout (one process)
 STD_CORRECTION = 1  # the std divides by n - 1 (as TRL and verl do); 0: by n
 ADVANTAGE_EPSILON = 1e-6  # added to the std
 AGGREGATION = "seq-mean-token-mean"  # or "token-mean" (DAPO), "dr-grpo"; see token_weights
 ENTROPY_COEF = 0.0  # weight of the entropy bonus
 KL_COEF = 0.04  # weight of the KL to the starting policy, sec. 4.2; 0: no reference is loaded
-ADAPTIVE_KL = False  # True: move that weight to keep the KL near TARGET_KL
+ADAPTIVE_KL = False  # True: KL_COEF is where it starts; it moves to keep the KL near TARGET_KL
 TARGET_KL = Either(0.01, 0.1)  # nats per token
 
 # --- Evaluation
@@ -166,26 +166,26 @@ DEFAULTS = {name: value for name, value in globals().items()
 
 
 def train(run):
-    """The whole algorithm. `run` (see `start`) holds the models, the data and the run's folder."""
+    """The whole algorithm, of B answers, b of them in a part, T tokens each. `run`: see `start`."""
     policy = run.policy
     while run.step < run.total_steps:
-        meter = begin_step(run)
+        meter = begin_step(run)                                           # what is measured goes in
         rows = next_questions(run, BATCH_SIZE)
-        batch = sample_groups(policy, run.tokenizer, rows, GROUP_SIZE)    # B completions
+        batch = sample_groups(policy, run.tokenizer, rows, GROUP_SIZE)    # B = BATCH x GROUP_SIZE
         meter.lap("rollout")
         rewards, parts = score_completions(run, rows, batch)              # (B,), and by source
         batch.advantages = token_advantages(run, rows, batch, rewards)    # (B, T)
         meter.lap("reward")
-        batch.old_logps = behaviour_logps(policy, batch)                  # (B, T) before any update
+        batch.old_logps = behaviour_logps(policy, batch)                  # (B, T) pi_old's
         if KL_COEF:
             batch.ref_logps = reference_logps(run, batch)                 # (B, T)
         meter.lap("logps")
 
-        kl_coef = run.state["kl_coef"]
+        kl_coef = run.state["kl_coef"] if ADAPTIVE_KL else KL_COEF
         for minibatch in minibatches(batch, GRPO_EPOCHS):                 # an optimiser step each
             minibatch.weights = token_weights(minibatch.completion_mask)  # (b, T), sums to 1
-            for some in micro_batches(minibatch):                         # row numbers; for memory
-                micro = minibatch.rows(some)
+            for index in micro_batches(minibatch):                        # parts, for memory
+                micro = minibatch.rows(index)
                 logps, entropy = score_tokens(policy, micro)              # (b, T) each
                 policy_term, statistics = policy_loss(logps, micro.old_logps, micro.advantages,
                                                       micro.completion_mask)
@@ -193,8 +193,8 @@ def train(run):
                 if KL_COEF:
                     kl = kl_to_reference(logps, micro.old_logps, micro.ref_logps)
                     token_loss = token_loss + kl_coef * kl
-                    meter.add({"kl_loss": kl}, micro.weights)
-                    meter.add({"kl": kl}, micro.completion_mask)
+                    meter.add({"kl_loss": kl}, micro.weights)             # as the loss weighs it
+                    meter.add({"kl": kl}, micro.completion_mask)          # mean over tokens
                 (token_loss * micro.weights).sum().backward()
                 meter.add({"loss": token_loss, "policy_loss": policy_term,
                            "entropy_loss": -entropy, "advantage/mean": micro.advantages,
@@ -289,12 +289,12 @@ def policy_loss(logps, old_logps, advantages, mask):
 
     logps, old_logps: (b, T) log-probs under the trained and the sampling policy; advantages (b, T);
     mask (b, T), 1 up to and including the end token. Returns the token losses and statistics,
-    (b, T) each; `token_weights` takes their mean. A token that is cut has *no* policy gradient:
+    (b, T) each; `token_weights` takes their mean. A clipped token has *no* policy gradient:
     min() takes the constant branch.
 
     >>> old, new = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-0.9, -1.5]])
     >>> loss, statistics = policy_loss(new, old, torch.ones(1, 2), torch.ones(1, 2))
-    >>> [f"{x:.4f}" for x in loss[0]]     # exp(0.1), inside the range; exp(0.5), cut off at 1.2
+    >>> [f"{x:.4f}" for x in loss[0]]     # exp(0.1), inside the range; exp(0.5), clipped to 1.2
     ['-1.1052', '-1.2000']
     """
     low, high = clip_range()
@@ -323,8 +323,8 @@ def token_weights(mask):
     mean over tokens; the mean over all tokens; or Dr. GRPO's sum over MAX_NEW_TOKENS, the same for
     every answer, which does not favour short right answers and long wrong ones.
 
-    mask: (b, T). Made for the whole minibatch before it is cut into pieces, so that MICRO_BATCH
-    changes the memory and nothing else.
+    mask: (b, T). Made for the whole minibatch before it is split, so that MICRO_BATCH changes the
+    memory and nothing else.
 
     >>> token_weights(torch.tensor([[1.0, 1.0], [1.0, 0.0]])).tolist()
     [[0.25, 0.25], [0.5, 0.0]]

@@ -133,16 +133,16 @@ MICRO_BATCH = Either(4, 32)  # completions per forward pass at most: memory and 
 SEED = 0  # of sampling, data order and shuffling
 
 # --- Algorithm
-PPO_EPOCHS = Either(4, 2)  # passes over a rollout; with one update per rollout every ratio is 1
+PPO_EPOCHS = Either(4, 2)  # passes over a rollout (sampling is slow); in update 1 all ratios are 1
 CLIP_RANGE = 0.2  # (low, high), or one number, of a *token's* ratio; see policy_loss
 GAMMA = 1.0  # discount per token; an answer is short and only its end is scored
 GAE_LAMBDA = 0.95  # 1: what really came (no bias); 0: what the critic foretold next (little noise)
 WHITEN_ADVANTAGES = True  # mean 0 and std 1 over the tokens of the rollout
 KL_COEF = 0.05  # the KL penalty in the reward of each token; 0: no reference is loaded
-NO_END_PENALTY = 0.0  # taken off the score of an answer that MAX_NEW_TOKENS cut off
+NO_END_PENALTY = 0.0  # taken off the score of an answer truncated at MAX_NEW_TOKENS
 CRITIC_LEARNING_RATE = Either(1e-5, 3e-4)  # AdamW's, for the critic
 CRITIC_WARMUP = Either(0, 2)  # rollouts in which only the critic learns
-VALUE_CLIP = 0.2  # how far a value may move from the old one before its gradient is cut; 0: free
+VALUE_CLIP = 0.2  # how far a value may move from the old one before it is clipped; 0: free
 TARGET_APPROX_KL = 0.0  # end a rollout's passes when approx_kl, their mean, exceeds it; 0: never
 ENTROPY_COEF = 0.0  # weight of the entropy bonus
 
@@ -165,16 +165,16 @@ DEFAULTS = {name: value for name, value in globals().items()
 
 
 def train(run):
-    """The whole algorithm. `run` (see `start`) holds the models, the data and the run's folder."""
+    """The whole algorithm, of B answers, b of them in a part, T tokens each. `run`: see `start`."""
     policy, critic = run.policy, run.trained["critic"][0]
     while run.step < run.total_steps:
-        meter, critic_meter = begin_step(run), Meter()
+        meter, critic_meter = begin_step(run), Meter()                    # what is measured goes in
         rows = next_questions(run, BATCH_SIZE)
-        batch = sample_groups(policy, run.tokenizer, rows, GROUP_SIZE)    # B completions
+        batch = sample_groups(policy, run.tokenizer, rows, GROUP_SIZE)    # B = BATCH x GROUP_SIZE
         meter.lap("rollout")
         scores, parts = score_completions(run, rows, batch)               # (B,), and by source
         meter.lap("reward")
-        batch.old_logps = behaviour_logps(policy, batch)                  # (B, T) before any update
+        batch.old_logps = behaviour_logps(policy, batch)                  # (B, T) pi_old's
         if KL_COEF:
             batch.ref_logps = reference_logps(run, batch)                 # (B, T)
         batch.old_values = values_without_grad(critic, batch)             # (B, T)
@@ -187,8 +187,8 @@ def train(run):
 
         for minibatch in minibatches(batch, PPO_EPOCHS):                  # an optimiser step each
             minibatch.weights = token_weights(minibatch.completion_mask)  # (b, T), sums to 1
-            for some in micro_batches(minibatch):                         # row numbers; for memory
-                micro = minibatch.rows(some)
+            for index in micro_batches(minibatch):                        # parts, for memory
+                micro = minibatch.rows(index)
                 logps, entropy = score_tokens(policy, micro)              # (b, T) each
                 policy_term, statistics = policy_loss(logps, micro.old_logps, micro.advantages,
                                                       micro.completion_mask)
@@ -258,13 +258,13 @@ class Critic(torch.nn.Module):
 def values_without_grad(critic, batch):
     """The critic's V of a whole batch, (B, T), a micro-batch at a time."""
     values = torch.zeros_like(batch.completion_mask)
-    for rows in micro_batches(batch):
-        values[rows] = critic(batch.rows(rows))
+    for index in micro_batches(batch):
+        values[index] = critic(batch.rows(index))
     return values
 
 
 def value_loss(values, old_values, returns):
-    """The clipped value loss of every token, and where the clip cuts its gradient. (b, T) each.
+    """The clipped value loss of every token, and where it is clipped, without gradient. (b, T) each.
 
     The larger of two squared errors, halved: of the value, and of the value kept within VALUE_CLIP
     of the old one: the policy's clip, for the critic.
@@ -279,8 +279,8 @@ def value_loss(values, old_values, returns):
         return 0.5 * free, torch.zeros_like(free)
     near = old_values + (values - old_values).clamp(-VALUE_CLIP, VALUE_CLIP)
     kept = (near - returns).square()
-    cut = (kept > free) & ((values - old_values).abs() > VALUE_CLIP)
-    return 0.5 * torch.max(free, kept), cut.float()
+    clipped = (kept > free) & ((values - old_values).abs() > VALUE_CLIP)
+    return 0.5 * torch.max(free, kept), clipped.float()
 
 
 def measure_critic(meter, critic_meter, batch):
@@ -303,7 +303,7 @@ def token_rewards(run, rows, batch, scores):
     (or what each sentence added, at its last token, where sentences are rewarded).
 
     The penalty is the plain log-ratio to the reference, k1: in a reward nothing is differentiated,
-    and k1 has the right mean. NO_END_PENALTY comes off the score of an answer that was cut off.
+    and k1 has the right mean. NO_END_PENALTY comes off the score of a truncated answer.
     """
     mask = batch.completion_mask
     rewards = torch.zeros_like(mask)
@@ -323,7 +323,7 @@ def compute_advantages(rewards, values, mask):
     """Generalised advantage estimation (Eq. 11 and 12, arXiv:1707.06347), all (B, T).
 
     The answer is over after its last token: nothing is foretold beyond it, and the value there is
-    0, also for an answer that MAX_NEW_TOKENS cut off (it gets no more reward either).
+    0, also for a truncated answer (it gets no more reward either).
 
     >>> rewards, values = torch.tensor([[0.0, 1.0, 9.0]]), torch.tensor([[0.5, 0.25, 9.0]])
     >>> compute_advantages(rewards, values, torch.tensor([[1.0, 1.0, 0.0]])).tolist()
@@ -385,12 +385,12 @@ def policy_loss(logps, old_logps, advantages, mask):
 
     logps, old_logps: (b, T) log-probs under the trained and the sampling policy; advantages (b, T);
     mask (b, T), 1 up to and including the end token. Returns the token losses and statistics,
-    (b, T) each; `token_weights` takes their mean. A token that is cut has *no* policy gradient:
+    (b, T) each; `token_weights` takes their mean. A clipped token has *no* policy gradient:
     min() takes the constant branch.
 
     >>> old, new = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-0.9, -1.5]])
     >>> loss, statistics = policy_loss(new, old, torch.ones(1, 2), torch.ones(1, 2))
-    >>> [f"{x:.4f}" for x in loss[0]]     # exp(0.1), inside the range; exp(0.5), cut off at 1.2
+    >>> [f"{x:.4f}" for x in loss[0]]     # exp(0.1), inside the range; exp(0.5), clipped to 1.2
     ['-1.1052', '-1.2000']
     """
     low, high = clip_range()
@@ -418,8 +418,8 @@ def clip_range():
 def token_weights(mask):
     """Each token's weight in its minibatch's loss: the mean over all tokens.
 
-    mask: (b, T). Made for the whole minibatch before it is cut into pieces, so that MICRO_BATCH
-    changes the memory and nothing else.
+    mask: (b, T). Made for the whole minibatch before it is split, so that MICRO_BATCH changes the
+    memory and nothing else.
 
     >>> token_weights(torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])).tolist()
     [[0.25, 0.25, 0.25], [0.25, 0.0, 0.0]]
