@@ -8,7 +8,11 @@ gspo.py is tested there. At the end: known bugs, put in one at a time, that thes
 
 import copy
 import doctest
+import json
 import math
+import os
+import subprocess
+import sys
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -128,7 +132,7 @@ def test_each_token_is_cut_by_itself_and_only_on_the_harmful_side():
                for side in ("low", "high", "region")}
         assert cut == {"low": [[0, 0, 0, 0], [1, 1, 0, 0]], "high": [[0, 0, 0, 1], [0, 0, 0, 0]],
                        "region": [[0, 0, 0, 1], [1, 1, 0, 0]]}
-        np.testing.assert_allclose(statistics["ratio"].numpy(), ratios.numpy(), rtol=1e-12)
+        np.testing.assert_allclose(statistics["ratio/mean"].numpy(), ratios.numpy(), rtol=1e-12)
         assert not any(value.requires_grad for value in statistics.values())
 
 
@@ -344,16 +348,15 @@ def train(module, patch, micro=6, minibatch=6, noise=0.4, steps=1, really=False,
     name = module.__name__.split("_")[0]
     constants = {"DTYPE": "float32", "DEVICE": "cpu", "GROUP_SIZE": 2, "BATCH_SIZE": 3,
                  "MAX_NEW_TOKENS": 5, "MICRO_BATCH": micro, "MINIBATCH": minibatch,
-                 "ENTROPY_COEF": 0.07, f"{name.upper()}_EPOCHS": 1} | constants
+                 "ENTROPY_COEF": 0.07, f"{name.upper()}_EPOCHS": 1} | (
+        {"KL_COEF": 0.3} if name == "grpo" else {}) | constants
     for constant, value in constants.items():
-        assert hasattr(module, constant), constant
+        assert constant in module.DEFAULTS, constant
         setattr(module, constant, value)
     policy, reference = small_model(seed=0), small_model(seed=1)
     trained = {"policy": (policy, module.new_optimizer(policy, 0.02))}
     if name == "ppo":
-        critic = module.Critic(small_model(seed=2))
-        torch.manual_seed(3)
-        torch.nn.init.normal_(critic.head.weight)
+        critic = random_critic(module)
         trained["critic"] = (critic, module.new_optimizer(critic, 0.02))
     _, batch = small_batch(module)
     assert batch.completion_mask.sum(1).tolist() == LENGTHS
@@ -367,31 +370,31 @@ def train(module, patch, micro=6, minibatch=6, noise=0.4, steps=1, really=False,
                             weights=[])
     step_for_real = module.optimiser_step
 
-    def optimiser_step(run, which, meter, frozen=False):
+    def optimiser_step(run, which, meter):
         found = [p.grad.clone() for p in run.trained[which][0].parameters() if p.grad is not None]
-        state.steps.append(SimpleNamespace(which=which, gradient=vector(found), loss=None))
+        state.steps.append(SimpleNamespace(which=which, gradient=vector(found)))
         if really:
-            return step_for_real(run, which, meter, frozen=frozen)
-        state.steps[-1].loss = meter.end_minibatch(1.0)
-        run.trained[which][0].zero_grad()
-        return None
+            return step_for_real(run, which, meter)
+        meter.add({"grad_norm": 1.0})
+        return run.trained[which][0].zero_grad()
 
     def finish_step(run, metrics):
-        run.step += 1
         state.metrics.append(metrics)
         state.weights.append({which: copy.deepcopy(one.state_dict())
                               for which, (one, _) in run.trained.items()})
 
     patch.setattr(module, "next_questions", lambda run, count: [None] * count)
-    patch.setattr(module, "sample_groups", lambda *arguments: copy.copy(batch))
+    patch.setattr(module, "sample_groups", lambda *arguments: module.Batch(
+        **{key: value.clone() for key, value in vars(batch).items() if key != "ref_logps"}))
     patch.setattr(module, "score_completions", lambda *arguments: (
-        torch.tensor(SCORES), {"verifier": list(RIGHT), "model": list(SCORES)}))
+        torch.tensor(SCORES), {"verifier": torch.tensor(RIGHT), "model": torch.tensor(SCORES)}))
     patch.setattr(module, "optimiser_step", optimiser_step)
     patch.setattr(module, "finish_step", finish_step)
-    module.train(SimpleNamespace(
+    state.run = SimpleNamespace(
         step=0, total_steps=steps, policy=policy, reference=reference, trained=trained,
-        tokenizer=None, sampler=None, shuffler=generator(7), state={"kl_coef": 0.3}, updates=0,
-        folder="runs/none"))
+        tokenizer=None, state={"kl_coef": 0.3}, num_tokens=0, folder="runs/none")
+    module.train(state.run)
+    assert state.run.step == steps and state.run.num_tokens == sum(LENGTHS) * steps
     return state
 
 
@@ -414,9 +417,10 @@ def slow_policy_loss(module, state, advantages, weights, kl_coef):
     return total
 
 
-def assert_same_step(step, expected, model, scale=1e-2):
-    """Loss and gradient of a recorded optimiser step are those of a tensor in the model's graph."""
-    assert step.loss == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
+def assert_same_step(step, expected, model, loss, scale=1e-2):
+    """The loss that was measured and the gradient of a recorded optimiser step are those of a
+    tensor in the model's graph."""
+    assert loss == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
     parameters = list(model.parameters())
     gradient = vector(torch.autograd.grad(expected, parameters))
     assert gradient.norm() > scale
@@ -436,11 +440,35 @@ def test_grpo_minimises_the_stated_loss(grpo, monkeypatch, aggregation):
         state = train(grpo, monkeypatch, micro, MAX_NEW_TOKENS=9)
         advantages = slow_advantages(torch.tensor(SCORES, dtype=torch.float64), 2, "normalized", 1,
                                      1e-6)[:, 0]
-        expected = slow_policy_loss(grpo, state, spread_out(advantages),
-                                    spread_out(slow_weights(aggregation, LENGTHS, 9)), 0.3)
-        step, = state.steps
-        assert_same_step(step, expected, state.policy)
-        assert 0 < state.metrics[0]["clip_ratio/region_mean"] < 1
+        weights = spread_out(slow_weights(aggregation, LENGTHS, 9))
+        expected = slow_policy_loss(grpo, state, spread_out(advantages), weights, 0.3)
+        (step,), metrics = state.steps, state.metrics[0]
+        total = sum(map(sum, weights))  # below 1 for Dr. GRPO; what is measured is a mean
+        assert (total < 0.5) == (aggregation == "dr-grpo")
+        assert_same_step(step, expected, state.policy, metrics["loss"] * total)
+        assert 0 < metrics["clip_ratio/region_mean"] < 1 and metrics["kl_coef"] == 0.3
+
+
+def test_grpo_without_a_reference(grpo, monkeypatch):
+    """KL_COEF=0: nothing asks for a reference, no KL is in the loss, and none is measured."""
+    monkeypatch.setattr(grpo, "reference_logps", None)
+    state = train(grpo, monkeypatch, 2, KL_COEF=0.0, ADAPTIVE_KL=True)
+    advantages = slow_advantages(torch.tensor(SCORES, dtype=torch.float64), 2, "normalized", 1,
+                                 1e-6)[:, 0]
+    weights = spread_out(slow_weights("seq-mean-token-mean", LENGTHS, 9))
+    expected = slow_policy_loss(grpo, state, spread_out(advantages), weights, 0.0)
+    assert_same_step(state.steps[0], expected, state.policy, state.metrics[0]["loss"])
+    assert not {"kl", "kl_loss"} & state.metrics[0].keys()
+    assert state.run.state == {"kl_coef": 0.3}
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_grpos_kl_coefficient(grpo, monkeypatch, adaptive):
+    """It moves only where that is asked for; the KL of this rollout is far above the target."""
+    state = train(grpo, monkeypatch, ADAPTIVE_KL=adaptive, TARGET_KL=1e-3, steps=2)
+    assert state.metrics[0]["kl"] > 0.01
+    assert [metrics["kl_coef"] for metrics in state.metrics] == pytest.approx(
+        [0.3, 0.45 if adaptive else 0.3])
 
 
 @pytest.mark.parametrize("filtering", [False, True])
@@ -458,20 +486,36 @@ def test_dapo_minimises_the_stated_loss(dapo, monkeypatch, filtering):
         weights = [1 / sum(counted) if count else 0.0 for count in counted]
         expected = slow_policy_loss(dapo, state, spread_out(advantages), spread_out(weights), 0.0)
         step, = state.steps
-        assert_same_step(step, expected, state.policy)
+        assert_same_step(step, expected, state.policy, state.metrics[0]["loss"])
         assert state.metrics[0]["reward"] == pytest.approx(np.mean(SCORES), rel=1e-6)  # unshaped
         assert state.metrics[0]["accuracy"] == 0.5
         assert "kl" not in state.metrics[0]
 
 
 def test_dapo_with_nothing_but_truncated_answers(dapo, monkeypatch):
-    """Filtered away, all of them: the loss and its gradient are 0, and no NaN."""
+    """Filtered away, all of them: the gradient is 0, without a NaN. There is no loss to measure."""
     monkeypatch.setattr(f"{__name__}.ENDED", [False] * 6)
     state = train(dapo, monkeypatch, 4, OVERLONG_FILTERING=True)
     step, = state.steps
-    assert step.loss == 0.0
+    assert math.isnan(state.metrics[0]["loss"]) and state.metrics[0]["entropy"] > 0
     assert torch.equal(step.gradient, torch.zeros_like(step.gradient)) and len(step.gradient) > 100
     assert state.metrics[0]["completions/clipped_ratio"] == 1.0
+
+
+def test_the_reward_that_dapo_logs(dapo, monkeypatch):
+    """Two groups of three have spread and are trained on; accuracy and reward are of all three."""
+    monkeypatch.setattr(f"{__name__}.RIGHT", [1.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+    state = train(dapo, monkeypatch, MAX_SAMPLING_ROUNDS=1, OVERLONG_PENALTY=0.0)
+    metrics, step = state.metrics[0], state.steps[0]
+    assert metrics["accuracy"] == pytest.approx(2 / 6) and metrics["rewards/verifier"] == 0.5
+    assert metrics["reward"] == pytest.approx(np.mean(SCORES))
+    assert metrics["rewards/model"] == pytest.approx(np.mean(SCORES[:2] + SCORES[4:]))
+    assert metrics["dynamic/groups"] == 2 and metrics["dynamic/rounds"] == 1
+    assert metrics["completions/mean_length"] == np.mean(LENGTHS[:2] + LENGTHS[4:])
+    advantages = slow_advantages(torch.tensor(SCORES), 2, "normalized", 1, 1e-6)[:, 0]
+    weights = spread_out([1 / 15, 1 / 15, 0, 0, 1 / 15, 1 / 15])
+    expected = slow_policy_loss(dapo, state, spread_out(advantages), weights, 0.0)
+    assert_same_step(step, expected, state.policy, metrics["loss"])
 
 
 def slow_gae(rewards, values, gamma, lam):
@@ -490,7 +534,7 @@ def test_ppo_minimises_the_stated_losses(ppo, monkeypatch, whitened):
         state = train(ppo, monkeypatch, micro, GAMMA=0.9, GAE_LAMBDA=0.7, KL_COEF=0.3,
                       NO_END_PENALTY=0.5, WHITEN_ADVANTAGES=whitened)
         batch, critic = state.batch, state.trained["critic"][0]
-        values = ppo.state_values(critic, batch)
+        values = critic(batch)
         advantages, returns, gaps = [], [], []
         for i, length in enumerate(LENGTHS):
             gap = (batch.sampled_logps - batch.ref_logps)[i, :length].tolist()
@@ -508,13 +552,13 @@ def test_ppo_minimises_the_stated_losses(ppo, monkeypatch, whitened):
         of_critic = sum(weights[i][t] * 0.5 * (values[i, t] - returns[i][t]) ** 2
                         for i, length in enumerate(LENGTHS) for t in range(length))
         assert [step.which for step in state.steps] == ["policy", "critic"]
-        assert_same_step(state.steps[0], expected, state.policy)
-        assert_same_step(state.steps[1], of_critic, critic)
         metrics, flat = state.metrics[0], np.concatenate(returns)
+        assert_same_step(state.steps[0], expected, state.policy, metrics["loss"])
+        assert_same_step(state.steps[1], of_critic, critic, metrics["value_loss"])
         old = np.concatenate([values[i, :n].tolist() for i, n in enumerate(LENGTHS)])
-        explained = 1 - np.var(flat - old, ddof=1) / np.var(flat, ddof=1)
+        explained = 1 - np.var(flat - old) / np.var(flat)
         assert metrics["explained_variance"] == pytest.approx(explained, rel=1e-3)
-        assert metrics["value_loss"] == pytest.approx(of_critic.item(), rel=1e-4)
+        assert metrics["critic_grad_norm"] == 1.0 and "time/update" in metrics
         assert metrics["value_mean"] == pytest.approx(old.mean(), rel=1e-4)
         assert metrics["return_mean"] == pytest.approx(flat.mean(), rel=1e-4)
         assert metrics["kl"] == pytest.approx(np.mean(gaps), rel=1e-4) and abs(metrics["kl"]) > 0.1
@@ -524,39 +568,46 @@ def test_ppo_minimises_the_stated_losses(ppo, monkeypatch, whitened):
 # ==================================== DAPO: dynamic sampling ====================================
 
 
-def sampling(dapo, patch, right, scores=None, lengths=None, seed=0):
+def left_padded(prompts):
+    """Lists of ids as (ids, mask), each ending in the last column."""
+    width = max(map(len, prompts))
+    return (torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts]),
+            torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]))
+
+
+def sampling(dapo, patch, right, scores=None, lengths=None):
     """Replace questions, sampling and scoring by tables. `right`: for question 0, 1, ... the
     verifier's scores of its answers; `scores`: the rewards, the same unless given; `lengths`: of
     its answers. A question's prompt and its answers' tokens say which question it is. Returns
-    what was asked and sampled, and the number of the `run`."""
+    the `run`, and what was asked and sampled."""
     log = SimpleNamespace(asked=[], batches=[])
-    run = SimpleNamespace(questions=0, policy=None, tokenizer=None, sampler=None)
+    run = SimpleNamespace(questions=0, num_tokens=0, policy=None, tokenizer=None)
     scores = scores or right
+    dapo.DEVICE = "cpu"
 
     def next_questions(run, count):
         rows = [{"question": f"q{n}", "n": n} for n in range(run.questions, run.questions + count)]
         run.questions += count
         log.asked.append([row["n"] for row in rows])
-        return rows
+        return rows[dapo.rank::dapo.processes]
 
-    def sample_groups(policy, tokenizer, rows, group, sampler):
-        prompts = [[1000 + row["n"]] * (1 + row["n"] % 3) for row in rows]
-        prompt_ids, prompt_mask = dapo.left_pad(prompts, 0, torch.device("cpu"))
+    def sample_groups(policy, tokenizer, rows, group):
+        index = torch.arange(len(rows)).repeat_interleave(group)
+        ids, real = left_padded([[1000 + row["n"]] * (1 + row["n"] % 3) for row in rows])
         sizes = [lengths[row["n"]][k] if lengths else 1 + (row["n"] + k) % 4
                  for row in rows for k in range(group)]
         mask = torch.tensor([[float(t < n) for t in range(max(sizes))] for n in sizes])
         names = torch.tensor([10 * row["n"] + k for row in rows for k in range(group)])
-        batch = dapo.Batch(prompt_ids, prompt_mask,
-                           torch.arange(len(rows)).repeat_interleave(group),
-                           names[:, None] * mask.long(), mask, -(names[:, None] + 1) * mask,
-                           names % 2 == 0)
-        log.batches.append(batch)
+        batch = dapo.Batch(prompt_index=index, prompt_ids=ids[index], prompt_mask=real[index],
+                           completion_ids=names[:, None] * mask.long(), completion_mask=mask,
+                           sampled_logps=-(names[:, None] + 1) * mask, ended=names % 2 == 0)
+        log.batches.append(copy.deepcopy(batch))
         return batch
 
     def score_completions(run, rows, batch):
-        flat = [score for row in rows for score in scores[row["n"]]]
-        accuracy = [float(s) for row in rows for s in right[row["n"]]]
-        return torch.tensor(flat), {"verifier": accuracy, "model": [x / 10 for x in flat]}
+        flat = torch.tensor([float(score) for row in rows for score in scores[row["n"]]])
+        accuracy = torch.tensor([float(s) for row in rows for s in right[row["n"]]])
+        return flat, {"verifier": accuracy, "model": flat / 10}
 
     for function in (next_questions, sample_groups, score_completions):
         patch.setattr(dapo, function.__name__, function)
@@ -568,9 +619,11 @@ ROUNDS = [FLAT, [1.0, 0, 0, 0], WRONG, [1.0, 1, 0, 1], WRONG, [0, 0, 0, 1.0], [1
 
 
 def sampled(dapo, run):
-    """sample_dynamically's results, with some names: (rows, batch, rewards, parts, metrics)."""
-    return SimpleNamespace(**dict(zip(("rows", "batch", "rewards", "parts", "metrics"),
-                                      dapo.sample_dynamically(run, dapo.Clock()))))
+    """sample_dynamically's results, with some names; `kept`: the questions that are trained on."""
+    found = SimpleNamespace(**dict(zip(("rows", "batch", "rewards", "parts", "metrics"),
+                                       dapo.sample_dynamically(run, dapo.Meter()))))
+    found.kept = [found.rows[i]["n"] for i in found.batch.prompt_index[::dapo.GROUP_SIZE].tolist()]
+    return found
 
 
 def test_groups_without_spread_are_replaced(dapo, monkeypatch):
@@ -580,24 +633,24 @@ def test_groups_without_spread_are_replaced(dapo, monkeypatch):
     run, log = sampling(dapo, monkeypatch, ROUNDS)
     found = sampled(dapo, run)
     assert log.asked == [[0, 1, 2], [3, 4], [5]] and run.questions == 6
-    assert [row["n"] for row in found.rows] == [1, 3, 5]
+    assert found.kept == [1, 3, 5]
     expected = [*ROUNDS[1], *ROUNDS[3], *ROUNDS[5]]
-    assert found.rewards.tolist() == expected
-    assert found.parts == {"verifier": expected, "model": pytest.approx([x / 10 for x in expected])}
+    assert found.rewards.tolist() == found.parts["verifier"].tolist() == expected
+    assert found.parts.keys() == {"verifier", "model"}
+    assert found.parts["model"].tolist() == pytest.approx([x / 10 for x in expected])
     assert found.batch.completion_ids[:, 0].tolist() == [10, 11, 12, 13, 30, 31, 32, 33,
                                                          50, 51, 52, 53]
-    assert found.batch.prompt_index.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    groups = found.batch.prompt_index.reshape(3, 4)
+    assert (groups == groups[:, :1]).all()
     prompts = [ids[mask.bool()].tolist() for ids, mask in
-               zip(found.batch.prompt_ids, found.batch.prompt_mask)]
+               zip(found.batch.prompt_ids[::4], found.batch.prompt_mask[::4])]
     assert prompts == [[1001] * 2, [1003], [1005] * 3]
-    groups = found.rewards.reshape(3, 4)
-    assert (groups.amax(1) > groups.amin(1)).all()
     everything = sum(ROUNDS[:6], [])
     tokens = sum(int(batch.completion_mask.sum()) for batch in log.batches)
     kept = int(found.batch.completion_mask.sum())
-    assert tokens > kept > 0
+    assert run.num_tokens == tokens - kept > 0 < kept  # measure_rollout adds what is kept
     assert found.metrics == {"dynamic/rounds": 3, "dynamic/questions": 6, "dynamic/groups": 3,
-                             "dynamic/dropped_ratio": 0.5, "tokens": tokens,
+                             "dynamic/dropped_ratio": 0.5,
                              "reward": pytest.approx(np.mean(everything)),
                              "accuracy": pytest.approx(np.mean(everything))}
 
@@ -616,9 +669,9 @@ def test_sampling_stops_after_the_stated_rounds(dapo, monkeypatch):
     run, log = sampling(dapo, monkeypatch, [FLAT, ROUNDS[1], WRONG, WRONG, FLAT, ROUNDS[1]])
     found = sampled(dapo, run)
     assert log.asked == [[0, 1, 2], [3, 4]]
-    assert [row["n"] for row in found.rows] == [1]
-    assert len(found.batch.prompt_index) == len(found.rewards) == len(found.parts["model"]) == 4
-    assert found.batch.prompt_ids.tolist() == [[0, 1001, 1001]]  # as wide as in its round
+    assert found.kept == [1]
+    assert len(found.batch.ended) == len(found.rewards) == len(found.parts["model"]) == 4
+    assert found.batch.prompt_ids.tolist() == [[0, 1001, 1001]] * 4
     assert found.metrics["dynamic/rounds"] == 2 and found.metrics["dynamic/groups"] == 1
     assert found.metrics["dynamic/dropped_ratio"] == pytest.approx(4 / 5)
     assert found.metrics["accuracy"] == pytest.approx((4 + 1 + 4) / 20)
@@ -630,7 +683,7 @@ def test_where_no_group_has_spread_the_advantages_are_zero(dapo, monkeypatch):
     run, log = sampling(dapo, monkeypatch, [FLAT, WRONG, FLAT, FLAT, WRONG, FLAT])
     found = sampled(dapo, run)
     assert log.asked == [[0, 1], [2, 3], [4, 5]]
-    assert [row["n"] for row in found.rows] == [4, 5]
+    assert found.kept == [4, 5]
     assert found.rewards.tolist() == [*WRONG, *FLAT]
     advantages = dapo.token_advantages(run, found.rows, found.batch, found.rewards)
     assert advantages.shape == found.batch.completion_mask.shape and not advantages.any()
@@ -644,7 +697,7 @@ def test_without_dynamic_sampling_there_is_one_round(dapo, monkeypatch):
     run, log = sampling(dapo, monkeypatch, ROUNDS)
     found = sampled(dapo, run)
     assert log.asked == [[0, 1, 2]]
-    assert [row["n"] for row in found.rows] == [0, 1, 2]
+    assert found.kept == [0, 1, 2]
     assert found.rewards.tolist() == sum(ROUNDS[:3], [])
     assert found.metrics["dynamic/rounds"] == 1 and found.metrics["dynamic/dropped_ratio"] == 0.0
 
@@ -660,11 +713,10 @@ def test_spread_of_the_reward_with_a_threshold(dapo, monkeypatch):
         dapo.SPREAD_OF, dapo.SPREAD_THRESHOLD = of, threshold
         dapo.MAX_SAMPLING_ROUNDS = 2
         run, _ = sampling(dapo, monkeypatch, [*right, WRONG], [*scores, WRONG])
-        rows = [row["n"] for row in sampled(dapo, run).rows]
-        assert rows == kept, (of, threshold, [float(np.std(s, ddof=1)) for s in scores])
+        assert sampled(dapo, run).kept == kept, (of, threshold)
     dapo.SPREAD_OF, dapo.SPREAD_THRESHOLD = "reward", 0.5  # the std of 1, 0, 0, 0
     run, _ = sampling(dapo, monkeypatch, [ROUNDS[1], [1.0, 1, 0, 0], ROUNDS[1]])
-    assert [row["n"] for row in sampled(dapo, run).rows] == [1]  # it must be exceeded
+    assert sampled(dapo, run).kept == [1]  # it must be exceeded
 
 
 def test_scores_equal_up_to_float_noise_have_no_spread(dapo, monkeypatch):
@@ -673,7 +725,7 @@ def test_scores_equal_up_to_float_noise_have_no_spread(dapo, monkeypatch):
     noise = [0.7, float(np.nextafter(np.float32(0.7), np.float32(1))), 0.7, 0.7]
     assert len(set(noise)) == 2
     run, log = sampling(dapo, monkeypatch, [FLAT, ROUNDS[1]], [noise, ROUNDS[1]])
-    assert [row["n"] for row in sampled(dapo, run).rows] == [1] and log.asked == [[0], [1]]
+    assert sampled(dapo, run).kept == [1] and log.asked == [[0], [1]]
 
 
 def test_the_penalty_is_in_the_reward_and_not_in_the_accuracy(dapo, monkeypatch):
@@ -685,7 +737,7 @@ def test_the_penalty_is_in_the_reward_and_not_in_the_accuracy(dapo, monkeypatch)
         dapo.MAX_SAMPLING_ROUNDS = 2
         run, _ = sampling(dapo, monkeypatch, [FLAT, [1.0, 1, 1, 0]], lengths=[[1, 2, 3, 4]] * 2)
         found = sampled(dapo, run)
-        assert [row["n"] for row in found.rows] == [kept]
+        assert found.kept == [kept]
         shaped = [1.0, 1.0, 0.5, 0.0] if kept == 0 else [1.0, 1.0, 0.5, -1.0]
         assert found.rewards.tolist() == shaped
         assert found.metrics["reward"] == (1.0 if kept == 0 else pytest.approx(7 / 8))
@@ -693,16 +745,17 @@ def test_the_penalty_is_in_the_reward_and_not_in_the_accuracy(dapo, monkeypatch)
 
 def two_batches(dapo):
     """A batch with narrow prompts and wide completions, and one the other way round."""
-    batches = []
+    batches, index = [], torch.tensor([0, 0, 1, 1])
     for seed, sizes, lengths in ((1, [2, 1], [6, 2, 3, 1]), (2, [3, 5], [2, 1, 2, 2])):
         random = generator(seed)
-        prompts = [torch.randint(3, 30, (n,), generator=random).tolist() for n in sizes]
-        prompt_ids, prompt_mask = dapo.left_pad(prompts, 0, torch.device("cpu"))
+        ids, real = left_padded([torch.randint(3, 30, (n,), generator=random).tolist()
+                                 for n in sizes])
         mask = torch.tensor([[float(t < n) for t in range(max(lengths))] for n in lengths])
-        ids = torch.randint(3, 30, mask.shape, generator=random)
-        batches.append(dapo.Batch(prompt_ids, prompt_mask, torch.tensor([0, 0, 1, 1]), ids, mask,
-                                  -torch.rand(mask.shape, generator=random) * mask,
-                                  torch.tensor([True, False, True, seed == 1])))
+        batches.append(dapo.Batch(
+            prompt_index=index + 2 * (seed - 1), prompt_ids=ids[index], prompt_mask=real[index],
+            completion_ids=torch.randint(3, 30, mask.shape, generator=random), completion_mask=mask,
+            sampled_logps=-torch.rand(mask.shape, generator=random) * mask,
+            ended=torch.tensor([True, False, True, seed == 1]), rewards=torch.rand(4)))
     return batches
 
 
@@ -711,10 +764,10 @@ def completions_of(batch):
     found = []
     for i, p in enumerate(batch.prompt_index.tolist()):
         real = batch.completion_mask[i].bool()
-        assert real[:int(real.sum())].all() and batch.prompt_mask[p, -1] == 1
-        found.append((batch.prompt_ids[p][batch.prompt_mask[p].bool()].tolist(),
-                      batch.completion_ids[i][real].tolist(),
-                      batch.sampled_logps[i][real].tolist(), bool(batch.ended[i])))
+        assert real[:int(real.sum())].all() and batch.prompt_mask[i, -1] == 1
+        found.append((p, batch.prompt_ids[i][batch.prompt_mask[i].bool()].tolist(),
+                      batch.completion_ids[i][real].tolist(), batch.sampled_logps[i][real].tolist(),
+                      bool(batch.ended[i]), float(batch.rewards[i])))
     return found
 
 
@@ -723,8 +776,8 @@ def test_joined_batches_keep_every_completion(dapo):
     prompts and on the right of completions."""
     one, other = two_batches(dapo)
     joined = dapo.join_batches([one, other])
-    assert joined.prompt_ids.shape == (4, 5) and joined.completion_ids.shape == (8, 6)
-    assert joined.prompt_mask.sum(1).tolist() == [2, 1, 3, 5]
+    assert joined.prompt_ids.shape == (8, 5) and joined.completion_ids.shape == (8, 6)
+    assert joined.prompt_mask.sum(1).tolist() == [2, 2, 1, 1, 3, 3, 5, 5]
     assert completions_of(joined) == completions_of(one) + completions_of(other)
     assert not joined.sampled_logps[joined.completion_mask == 0].any()
     assert joined.completion_ids.dtype == joined.prompt_ids.dtype == torch.int64
@@ -735,7 +788,7 @@ def test_a_joined_batch_scores_as_its_parts(dapo):
     """The shipped policy's log-probs and entropies of every token: wider padding is nothing."""
     policy = AutoModelForCausalLM.from_pretrained(ROOT / "data" / "policy", dtype=torch.float32,
                                                   attn_implementation="sdpa").eval()
-    dapo.LENGTH_BUCKET, dapo.DTYPE = 3, "float32"
+    dapo.DEVICE, dapo.DTYPE = "cpu", "float32"
     one, other = two_batches(dapo)
     joined = dapo.join_batches([one, other])
     with torch.no_grad():
@@ -745,20 +798,6 @@ def test_a_joined_batch_scores_as_its_parts(dapo):
         torch.testing.assert_close(values[:4], first, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(values[4:, :2], second, rtol=1e-5, atol=1e-5)
         assert values[joined.completion_mask.bool()].abs().max() > 0.1
-
-
-def test_selected_groups_are_whole(dapo):
-    """Groups 1 of two, and both in the other order, with their rows, rewards and scores."""
-    one, _ = two_batches(dapo)
-    dapo.GROUP_SIZE = 2
-    rewards, parts = torch.tensor([1.0, 2.0, 3.0, 4.0]), {"verifier": [5.0, 6.0, 7.0, 8.0]}
-    for groups, order in (([1], [2, 3]), ([1, 0], [2, 3, 0, 1])):
-        rows, batch, some, scores = dapo.select_groups(["a", "b"], one, rewards, parts,
-                                                       torch.tensor(groups))
-        assert rows == ["ab"[g] for g in groups]
-        assert completions_of(batch) == [completions_of(one)[i] for i in order]
-        assert some.tolist() == [i + 1.0 for i in order]
-        assert scores == {"verifier": [i + 5.0 for i in order]}
 
 
 @pytest.mark.parametrize("limit, cache, penalty, lengths, expected", [
@@ -876,14 +915,11 @@ def scored_batch(ppo, lengths=(3, 1, 4, 2)):
                            ended=torch.tensor([True, True, False, True]))
 
 
-WITH_REFERENCE, WITHOUT = SimpleNamespace(reference="one"), SimpleNamespace(reference=None)
-
-
 def test_the_score_is_paid_at_the_last_real_token(ppo):
     """And nowhere else: not at the end of the batch, not behind the end token."""
-    batch = scored_batch(ppo)
-    batch.ref_logps = None
-    found = ppo.token_rewards(WITHOUT, None, batch, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    ppo.KL_COEF, batch = 0.0, scored_batch(ppo)
+    del batch.ref_logps  # there is no reference
+    found = ppo.token_rewards(None, None, batch, torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert found.tolist() == [[0, 0, 1, 0], [2, 0, 0, 0], [0, 0, 0, 3], [0, 4, 0, 0]]
 
 
@@ -892,7 +928,7 @@ def test_the_kl_penalty_of_each_token(ppo):
     the reference costs, one that it likes less pays. The score comes on top."""
     ppo.KL_COEF = 0.5
     batch = scored_batch(ppo)
-    found = ppo.token_rewards(WITH_REFERENCE, None, batch, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    found = ppo.token_rewards(None, None, batch, torch.tensor([1.0, 2.0, 3.0, 4.0]))
     for i, length in enumerate((3, 1, 4, 2)):
         expected = [-0.5 * (float(batch.old_logps[i, t]) - float(batch.ref_logps[i, t]))
                     for t in range(length)]
@@ -900,30 +936,28 @@ def test_the_kl_penalty_of_each_token(ppo):
         assert found[i, :length].tolist() == pytest.approx(expected, rel=1e-5)
         assert found[i, length:].tolist() == [0.0] * (4 - length)
     batch.old_logps = batch.ref_logps + 0.2
-    found = ppo.token_rewards(WITH_REFERENCE, None, batch, torch.zeros(4))
+    found = ppo.token_rewards(None, None, batch, torch.zeros(4))
     torch.testing.assert_close(found, -0.1 * batch.completion_mask)
 
 
 def test_the_penalty_for_answers_that_never_end(ppo):
     """It comes off once, at the last token, of the answers that were cut off."""
-    batch = scored_batch(ppo)
+    ppo.KL_COEF, batch = 0.0, scored_batch(ppo)
     for ppo.NO_END_PENALTY in (0.0, 0.75):
-        found = ppo.token_rewards(WITHOUT, None, batch, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        found = ppo.token_rewards(None, None, batch, torch.tensor([1.0, 2.0, 3.0, 4.0]))
         third = 3.0 - ppo.NO_END_PENALTY
         assert found.tolist() == [[0, 0, 1, 0], [2, 0, 0, 0], [0, 0, 0, third], [0, 4, 0, 0]]
 
 
-def test_segments_are_paid_at_their_ends(ppo, monkeypatch):
-    """Answers of two segments, of one, of three and of a single token; the padding's segment is 0,
-    as segment_rewards leaves it. What is paid is what was added, to the last bit."""
-    ppo.USE_SEQUENCE_LEVEL_REWARD, ppo.NO_END_PENALTY = False, 0.5
-    nan = math.nan
-    increments = torch.tensor([[0.25, -0.5, nan], [0.75, nan, nan], [0.5, 0.125, 1.0],
-                               [2.0, nan, nan]])
-    segments = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [0, 1, 1, 2], [0, 0, 0, 0]])
+def test_sentences_are_paid_at_their_ends(ppo, monkeypatch):
+    """Answers of two sentences, of one, of three and of a single token; in the padding the last
+    sentence goes on, as sentence_rewards leaves it. What is paid is what was added, to the bit."""
+    ppo.USE_SEQUENCE_LEVEL_REWARD, ppo.NO_END_PENALTY, ppo.KL_COEF = False, 0.5, 0.0
+    added = torch.tensor([[0.25, -0.5, 0], [0.75, 0, 0], [0.5, 0.125, 1.0], [2.0, 0, 0]])
+    sentence = torch.tensor([[0, 1, 1, 1], [0, 0, 0, 0], [0, 1, 1, 2], [0, 0, 0, 0]])
     batch = scored_batch(ppo, lengths=(3, 2, 4, 1))
-    monkeypatch.setattr(ppo, "segment_rewards", lambda *arguments: (increments, segments))
-    found = ppo.token_rewards(WITHOUT, None, batch, torch.full((4,), 99.0))
+    monkeypatch.setattr(ppo, "sentence_rewards", lambda *arguments: (sentence, added))
+    found = ppo.token_rewards(None, None, batch, torch.full((4,), 99.0))
     assert found.tolist() == [[0.25, 0, -0.5, 0], [0, 0.75, 0, 0], [0.5, 0, 0.125, 0.5],
                               [2.0, 0, 0, 0]]
 
@@ -940,35 +974,61 @@ def random_critic(ppo, seed=2):
     return critic
 
 
-@pytest.mark.parametrize("bucket", [1, 4, 16])
-def test_values_are_those_of_plain_forward_passes(ppo, bucket):
+def on_cpu(ppo, dtype="float32", micro=6):
+    ppo.DEVICE, ppo.DTYPE, ppo.MICRO_BATCH = "cpu", dtype, micro
+    return random_critic(ppo)
+
+
+def plain_values(critic, prompts, batch):
+    """V before each token by a forward pass for each completion, without anything beside it."""
+    found = []
+    for i, length in enumerate(LENGTHS):
+        prompt = prompts[batch.prompt_index[i]]
+        ids = torch.tensor([prompt + batch.completion_ids[i, :length].tolist()])
+        states = critic.base_model(input_ids=ids).last_hidden_state[0, len(prompt) - 1:-1]
+        found.append(states @ critic.head.weight[0] + critic.head.bias)
+    return found
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_values_and_gradients_are_those_of_plain_forward_passes(ppo, dtype, tolerance):
     """V before each token is the head of the state that the token is drawn from, whatever a
-    completion is batched with; 0 in padding."""
-    ppo.LENGTH_BUCKET = bucket
-    critic = random_critic(ppo)
+    completion is batched with; 0 in padding. The gradients of all of its weights are right as well;
+    in bfloat16 as near as its rounding allows."""
+    critic = on_cpu(ppo, dtype)
     prompts, batch = small_batch(ppo)
-    with torch.no_grad():
-        found = ppo.state_values(critic, batch)
-        for i, prompt in enumerate(prompts[p] for p in batch.prompt_index):
-            ids = torch.tensor([prompt + batch.completion_ids[i, :LENGTHS[i]].tolist()])
-            states = critic.base_model(input_ids=ids).last_hidden_state[0, len(prompt) - 1:-1]
-            expected = states @ critic.head.weight[0] + critic.head.bias
-            torch.testing.assert_close(found[i, :LENGTHS[i]], expected, rtol=1e-4, atol=1e-5)
-            assert not found[i, LENGTHS[i]:].any()
-    assert found.dtype == torch.float32 and found[batch.completion_mask.bool()].std() > 0.1
+    upstream = torch.randn(6, 5, generator=generator(8))
+    expected, total = plain_values(critic, prompts, batch), 0.0
+    for i, length in enumerate(LENGTHS):
+        total = total + (expected[i] * upstream[i, :length]).sum()
+    wanted = vector(torch.autograd.grad(total, list(critic.parameters())))
+    for micro in (1, 2, 6):
+        ppo.MICRO_BATCH = micro
+        found = ppo.values_without_grad(critic, batch)
+        assert found.dtype == torch.float32 and not found.requires_grad
+        for i, length in enumerate(LENGTHS):
+            torch.testing.assert_close(found[i, :length], expected[i], rtol=10 * tolerance,
+                                       atol=tolerance * torch.cat(expected).detach().std().item())
+            assert not found[i, length:].any()
+        for some in ppo.micro_batches(batch):
+            (critic(batch.rows(some)) * upstream[some]).sum().backward()
+        gradient = vector([p.grad for p in critic.parameters()])
+        critic.zero_grad()
+        assert (gradient - wanted).norm() < tolerance * wanted.norm() and wanted.norm() > 1.0
+    assert found[batch.completion_mask.bool()].std() > 0.1
 
 
 def test_a_value_does_not_know_the_token_that_it_comes_before(ppo):
     """V at t stays when the tokens at and after t change, and moves with the one before it."""
-    critic = random_critic(ppo)
+    critic = on_cpu(ppo)
     _, batch = small_batch(ppo)
     with torch.no_grad():
-        before = ppo.state_values(critic, batch)
+        before = critic(batch)
         for t in range(5):
             other = copy.copy(batch)
             other.completion_ids = batch.completion_ids.clone()
             other.completion_ids[:, t:] = (batch.completion_ids[:, t:] + 1) % 23
-            after = ppo.state_values(critic, other)
+            after = critic(other)
             torch.testing.assert_close(after[:, :t + 1], before[:, :t + 1], rtol=1e-5, atol=1e-6)
             if t < 4:
                 reached = batch.completion_mask[:, t + 1].bool()
@@ -977,9 +1037,10 @@ def test_a_value_does_not_know_the_token_that_it_comes_before(ppo):
 
 def test_at_first_nothing_is_foretold(ppo):
     """The head starts at zero: values are exactly 0; the first gradient moves it."""
+    on_cpu(ppo)
     critic = ppo.Critic(small_model(seed=2))
     _, batch = small_batch(ppo)
-    values = ppo.state_values(critic, batch)
+    values = critic(batch)
     assert torch.equal(values, torch.zeros(6, 5))
     values.sum().backward()
     assert critic.head.weight.grad.norm() > 0.1 and critic.head.bias.grad.item() == sum(LENGTHS)
@@ -1027,27 +1088,31 @@ def test_value_loss_is_that_of_the_equation(ppo):
         assert cut.sum() == clipped and (clipped > 5) == (ppo.VALUE_CLIP > 0)
 
 
-def test_explained_variance_by_hand(ppo):
-    """Returns 1, 2, 3 foretold as 1, 2, 2: the errors 0, 0, 1 have the variance 1/3, the returns 1.
-    A critic that is right explains all, a constant one nothing, a worse one less than that."""
+def test_what_is_measured_of_the_critic(ppo):
+    """Returns 1, 2, 3 foretold as 1, 2, 2: the errors 0, 0, 1 have the variance 2/9, the returns
+    2/3. A critic that is right explains all, a constant one nothing, a worse one less than that."""
     mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     returns = torch.tensor([[1.0, 2.0, 70.0], [3.0, -70.0, 9.0]])
-    meter = SimpleNamespace(means=lambda: {"loss": 5.0, "value_clip_ratio": 0.25, "grad_norm": 7.0})
+
+    def measured(values, returns, **logps):
+        batch = SimpleNamespace(
+            completion_mask=mask, returns=returns, **logps,
+            old_values=torch.tensor([[values[0], values[1], 1e3], [values[2], 1e3, -1e3]]))
+        meter, critic_meter = ppo.Meter(), ppo.Meter()
+        critic_meter.add({"grad_norm": 6.0, "learning_rate": 1.0})
+        critic_meter.add({"grad_norm": 8.0, "learning_rate": 1.0})
+        ppo.measure_critic(meter, critic_meter, batch)
+        return meter.means()
+
     for values, expected in (([1.0, 2.0, 2.0], 2 / 3), ([1.0, 2.0, 3.0], 1.0),
                              ([0.5, 0.5, 0.5], 0.0), ([3.0, 2.0, 1.0], -3.0)):
-        first, second, third = values
-        batch = SimpleNamespace(
-            completion_mask=mask, returns=returns, ref_logps=mask - 0.25, old_logps=mask,
-            old_values=torch.tensor([[first, second, 1e3], [third, 1e3, -1e3]]))
-        found = ppo.critic_metrics(batch, meter)
+        found = measured(values, returns, ref_logps=mask - 0.25, old_logps=mask)
         assert found.pop("explained_variance") == pytest.approx(expected, abs=1e-6)
-        assert found == {"value_loss": 5.0, "value_clip_ratio": 0.25, "critic_grad_norm": 7.0,
-                         "value_mean": pytest.approx(sum(values) / 3), "return_mean": 2.0,
-                         "kl": 0.25}
-    batch.ref_logps = None
-    assert "kl" not in ppo.critic_metrics(batch, meter)
-    batch.returns = torch.full((2, 3), 0.5)  # no variance to explain: a number all the same
-    assert math.isfinite(ppo.critic_metrics(batch, meter)["explained_variance"])
+        assert found == {"critic_grad_norm": 7.0, "value_mean": pytest.approx(sum(values) / 3),
+                         "return_mean": 2.0, "kl": 0.25}
+    ppo.KL_COEF = 0.0
+    found = measured(values, torch.full((2, 3), 0.5))  # no variance to explain: still a number
+    assert "kl" not in found and math.isfinite(found["explained_variance"])
 
 
 def moved(before, after):
@@ -1069,8 +1134,13 @@ def test_critic_warmup(ppo, monkeypatch, warm_up_of_rate):
     head = torch.nn.init.normal_(torch.empty(1, 16))
     assert not torch.equal(first["critic"]["head.weight"], head)
     assert moved(first["critic"], second["critic"]) and moved(second["critic"], third["critic"])
-    assert state.metrics[0]["ratio/max"] != 1.0  # the policy's loss is measured all the same
+    assert state.metrics[0]["ratio/mean"] != 1.0  # the policy's loss is measured all the same
+    assert not {"learning_rate", "grad_norm"} & state.metrics[1].keys()  # it makes no step
     assert state.metrics[2]["learning_rate"] > 0.0
+    alone = train(ppo, monkeypatch, minibatch=6, CRITIC_WARMUP=0)
+    state = train(ppo, monkeypatch, minibatch=6, CRITIC_WARMUP=1, steps=2)
+    assert [step.which for step in state.steps] == ["critic", "policy", "critic"]
+    torch.testing.assert_close(state.steps[1].gradient, alone.steps[0].gradient)  # nothing is left
 
 
 def test_the_critic_learns_what_it_is_asked(ppo, monkeypatch):
@@ -1116,7 +1186,7 @@ def test_the_critic_has_its_own_weights_and_rate(ppo, monkeypatch, coefficient):
     reference is loaded for the penalty only."""
     ppo.configure(["PROFILE=embedded", "DEVICE=cpu", "CRITIC_LEARNING_RATE=5e-3",
                    "LEARNING_RATE=1e-4", f"KL_COEF={coefficient}"])
-    policy = ppo.load_policy(ppo.find_model("POLICY_MODEL"))
+    policy = ppo.load_policy(ppo.POLICY_MODEL)
     run = SimpleNamespace(policy=policy, reference=None, state={},
                           trained={"policy": (policy, ppo.new_optimizer(policy, 1e-4))})
     ppo.prepare(run)
@@ -1135,6 +1205,66 @@ def test_the_critic_has_its_own_weights_and_rate(ppo, monkeypatch, coefficient):
     assert (run.reference is not None) == (coefficient > 0)
     if run.reference is not None:
         assert not any(p.requires_grad for p in run.reference.parameters())
+
+
+# ====================================== Several processes =======================================
+
+PROBE = """
+import json, sys
+import pytest, torch
+import torch.distributed as dist
+sys.path.append({tests!r})
+import test_grpo_dapo_ppo_loss as tests
+
+dist.init_process_group("gloo", init_method="file://{meeting}", rank=int(sys.argv[1]), world_size=2)
+mask = torch.tensor([[1.0, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]])
+values = torch.arange(16.0).reshape(4, 4) ** 2
+found = {{}}
+for name in tests.SCRIPTS:
+    module = tests.fresh(name)
+    module.AGGREGATION = "token-mean"
+    found[name] = module.token_weights(mask[module.rank::2]).tolist()
+    if name == "ppo":
+        found["whitened"] = module.whiten(values[module.rank::2], mask[module.rank::2]).tolist()
+dapo = tests.fresh("dapo")
+dapo.BATCH_SIZE, dapo.GROUP_SIZE, dapo.OVERLONG_CACHE, dapo.MAX_SAMPLING_ROUNDS = 4, 4, 0, 2
+for case, fourth in (("found", [1.0, 0, 1, 0]), ("filled", tests.FLAT)):
+    table = [tests.FLAT, *[[1.0, 0, 0, 0]] * 3, fourth, tests.WRONG]
+    run, log = tests.sampling(dapo, pytest.MonkeyPatch(), table)
+    batch = tests.sampled(dapo, run)
+    found[case] = [batch.kept, log.asked, batch.metrics, run.num_tokens]
+print(json.dumps(found))
+"""
+
+
+def test_two_processes_count_what_both_have(tmp_path, ppo):
+    """The mean over all tokens, and whitening, are those of one process with all answers. DAPO: the
+    first process misses a group, and both ask again; at the last round it takes what there is."""
+    (tmp_path / "probe.py").write_text(PROBE.format(tests=str(ROOT / "tests"),
+                                                    meeting=tmp_path / "meeting"))
+    started = [subprocess.Popen(
+        [sys.executable, tmp_path / "probe.py", str(rank)], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"}) for rank in (0, 1)]
+    first, second = (json.loads(process.communicate(timeout=120)[0].splitlines()[-1])
+                     for process in started)
+    mask = torch.tensor([[1.0, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]])
+
+    def joined(name):
+        return torch.stack([torch.tensor(first[name]), torch.tensor(second[name])], 1).flatten(0, 1)
+
+    for name in SCRIPTS:
+        torch.testing.assert_close(joined(name), 2 * mask / 10)  # the mean of two gradients halves
+    values = torch.arange(16.0).reshape(4, 4) ** 2
+    torch.testing.assert_close(joined("whitened"), ppo.whiten(values, mask))
+    for case, right in (("found", 5), ("filled", 7)):
+        assert first[case][0] == [2, 4] and second[case][0] == [1, 3]
+        assert first[case][1:] == second[case][1:]
+        _, asked, metrics, dropped = first[case]
+        assert asked == [[0, 1, 2, 3], [4, 5]] and dropped > 8
+        assert metrics == {"dynamic/rounds": 2, "dynamic/questions": 6, "dynamic/groups": 4,
+                           "dynamic/dropped_ratio": pytest.approx(1 / 3),
+                           "accuracy": pytest.approx((4 + right) / 24),
+                           "reward": pytest.approx((4 + right) / 24)}
 
 
 # =========================================== Doctests ===========================================
@@ -1167,9 +1297,19 @@ MUTATIONS = {  # name: (script, text, what takes its place, test, its parameters
         "ppo", "rewards = -KL_COEF *", "rewards = KL_COEF *",
         test_the_kl_penalty_of_each_token, {}),
     "the score is paid behind the last token": (
-        "ppo", "last = mask.sum(1).long() - 1",
-        "last = mask.sum(1).long().clamp(max=mask.shape[1] - 1)",
+        "ppo", "mask * (mask.flip(1).cumsum(1).flip(1) == 1)",
+        "torch.roll(mask * (mask.flip(1).cumsum(1).flip(1) == 1), 1, 1)",
         test_the_score_is_paid_at_the_last_real_token, {}),
+    "a sentence is paid where it begins": (
+        "ppo", "(sentence != F.pad(sentence[:, 1:], (0, 1)))",
+        "(sentence != F.pad(sentence[:, :-1], (1, 0)))",
+        test_sentences_are_paid_at_their_ends, {}),
+    "the policy's gradient of the warm-up is kept": (
+        "ppo", "policy.zero_grad()  #", "pass  #",
+        test_critic_warmup, {"warm_up_of_rate": 0}),
+    "the warm-up is a rollout too short": (
+        "ppo", "run.step > CRITIC_WARMUP", "run.step >= CRITIC_WARMUP",
+        test_critic_warmup, {"warm_up_of_rate": 0}),
     "returns are taken after whitening": (
         "ppo", "batch.returns = batch.advantages +",
         "batch.returns = whiten(batch.advantages, batch.completion_mask) +",
@@ -1183,14 +1323,24 @@ MUTATIONS = {  # name: (script, text, what takes its place, test, its parameters
         test_dapo_minimises_the_stated_loss, {"filtering": False}),
     "truncated answers are left out of their group": (
         "dapo", "token_advantages(run, rows, batch, rewards)    #",
-        "token_advantages(run, rows, batch, torch.where(batch.ended, rewards, math.nan))  #",
+        "token_advantages(run, rows, batch, torch.where(batch.ended, rewards, 0.0))  #",
         test_dapo_minimises_the_stated_loss, {"filtering": True}),
     "the range is as narrow above as below": (
         "dapo", "ratio.clamp(1 - low, 1 + high)", "ratio.clamp(1 - low, 1 + low)",
         test_dapo_cuts_the_high_side_later_than_the_low_side, {}),
     "groups without spread are kept": (
-        "dapo", "(group_std(groups) > SPREAD_THRESHOLD) & ~without_spread(groups)",
-        "(group_std(groups) >= SPREAD_THRESHOLD)",
+        "dapo", "(groups.std(1) > SPREAD_THRESHOLD) & ~without_spread(groups)[:, 0]",
+        "(groups.std(1) >= SPREAD_THRESHOLD)",
+        test_groups_without_spread_are_replaced, {}),
+    "rounding counts as spread": (
+        "dapo", " & ~without_spread(groups)[:, 0]", "",
+        test_scores_equal_up_to_float_noise_have_no_spread, {}),
+    "accuracy is that of the selection": (
+        "dapo", "finish_step(run, meter.means() | sampling)",
+        "finish_step(run, sampling | meter.means())",
+        test_the_reward_that_dapo_logs, {}),
+    "questions of later rounds are mistaken for the first one's": (
+        "dapo", "batch.prompt_index += len(rows)", "pass",
         test_groups_without_spread_are_replaced, {}),
 }
 
