@@ -22,15 +22,17 @@ import torch.nn.functional as F
 from conftest import ROOT, SCRIPT, import_file, must_fail, mutated_copy
 from safetensors.torch import load_file
 from test_gspo_loss import answers, small_batch, small_model, slow_advantages
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BatchEncoding
 
 GAD = ROOT / "RL_HAND" / "gad" / "gad.py"
 
 
 def fresh(path=GAD):
-    """The script as a new module, its constants as in the file."""
+    """The script as a new module, with the embedded profile's constants in force."""
     torch.set_num_threads(1)
-    return import_file(path, "gad_under_test")
+    module = import_file(path, "gad_under_test")
+    module.configure(["PROFILE=embedded", "DEVICE=cpu"])
+    return module
 
 
 @pytest.fixture
@@ -89,8 +91,7 @@ def readings_of_plain_passes(model, head, prompts, batch):
 def test_scores_are_those_of_plain_forward_passes(gad, where):
     """The mean over the answer's own tokens, its last included, or the reading of that last one;
     so is the gradient, in the network and in the head."""
-    gad.SCORE_AT, gad.LENGTH_BUCKET = where, 2
-    model = small_model()
+    gad.SCORE_AT, model = where, small_model()
     discriminator = gad.Discriminator(model)
     torch.nn.init.normal_(discriminator.head.weight)
     prompts, batch = small_batch(gad)
@@ -114,7 +115,8 @@ def test_what_is_in_the_padding_never_matters(gad, where):
     _, batch = small_batch(gad)
     scores = discriminator(None, None, batch)
     padding = 1 - batch.completion_mask.long()
-    other = gad.replace(batch, completion_ids=(batch.completion_ids + 7 * padding) % 23)
+    other = gad.Batch(**vars(batch) | {
+        "completion_ids": (batch.completion_ids + 7 * padding) % 23})
     torch.testing.assert_close(discriminator(None, None, other), scores, rtol=0, atol=1e-6)
     for i in range(6):
         alone = discriminator(None, None, batch.rows(torch.tensor([i])))
@@ -129,7 +131,7 @@ def test_the_last_token_counts(gad):
     other = batch.completion_ids.clone()
     other[0, 4] = (other[0, 4] + 1) % 23
     gap = discriminator(None, None, batch) - discriminator(
-        None, None, gad.replace(batch, completion_ids=other))
+        None, None, gad.Batch(**vars(batch) | {"completion_ids": other}))
     assert gap[0].abs() > 1e-3 and torch.equal(gap[1:], torch.zeros(5))
 
 
@@ -145,8 +147,16 @@ class Tokenizer:
         assert not add_special_tokens
         return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
 
+    def pad(self, prompts, padding_side, return_tensors):
+        assert padding_side == "left" and return_tensors == "pt"
+        prompts = prompts["input_ids"]
+        blank = [[0] * (max(map(len, prompts)) - len(ids)) for ids in prompts]
+        return BatchEncoding({
+            "input_ids": torch.tensor([b + ids for b, ids in zip(blank, prompts)]),
+            "attention_mask": torch.tensor([b + [1] * len(i) for b, i in zip(blank, prompts)])})
 
-def small_game(gad, monkeypatch, step=0, same=(2,), **constants):
+
+def small_game(gad, monkeypatch, step=1, same=(2,), **constants):
     """A run with a random discriminator, and a rollout of 3 questions with 2 answers each, of which
     those in `same` are the teacher's. Optimiser steps are recorded, not made."""
     for name, value in ({"GROUP_SIZE": 2, "SEQKD_STEPS": 5, "CRITIC_WARMUP": 5, "MICRO_BATCH": 64,
@@ -156,26 +166,36 @@ def small_game(gad, monkeypatch, step=0, same=(2,), **constants):
     torch.manual_seed(4)
     torch.nn.init.normal_(discriminator.head.weight)
     prompts, batch = small_batch(gad)
-    teachers = [[5, 6, 7, 1], [8, 1], [9, 10, 11, 12, 1]]
+    teachers = [[5, 6, 7, 1], [8, 1], [9, 10, 11, 12, 13, 1]]
     rows = [{"question": f"q{i}", "prompt_ids": p, "teacher_ids": t, "has_teacher": True,
              "answer": "1"}
             for i, (p, t) in enumerate(zip(prompts, teachers))]
+    for name in ("completion_ids", "completion_mask"):  # room for the longest text of the teacher
+        setattr(batch, name, F.pad(getattr(batch, name), (0, 1)))
     for i in same:
         ids = teachers[int(batch.prompt_index[i])]
         batch.completion_ids[i, :len(ids)] = torch.tensor(ids)
-        batch.completion_mask[i] = torch.tensor([float(t < len(ids)) for t in range(5)])
+        batch.completion_mask[i] = torch.tensor([float(t < len(ids)) for t in range(6)])
     steps = []
 
-    def record(run, name, meter, frozen=False):
-        loss = meter.end_minibatch(1.0)
-        gradients = [p.grad.clone() for p in discriminator.parameters()]
-        discriminator.zero_grad()
-        steps.append(SimpleNamespace(name=name, loss=loss, frozen=frozen, gradients=gradients))
+    def record(run, name, meter):
+        gradients = [p.grad.clone() for p in run.trained[name][0].parameters()]
+        steps.append(SimpleNamespace(name=name, gradients=gradients))
 
     monkeypatch.setattr(gad, "optimiser_step", record)
-    run = SimpleNamespace(trained={"discriminator": (discriminator, None)}, tokenizer=Tokenizer(),
-                          policy=SimpleNamespace(device=torch.device("cpu")), step=step)
+    run = SimpleNamespace(
+        trained={"discriminator": (discriminator, gad.new_optimizer(discriminator, 1.0))},
+        tokenizer=Tokenizer(), policy=SimpleNamespace(device=torch.device("cpu")), step=step)
     return run, rows, batch, steps
+
+
+def played(gad, run, rows, batch):
+    """discriminator_step: the scores, and what it measured (NaN: nothing to measure)."""
+    meter = gad.Meter()
+    scores = gad.discriminator_step(run, meter, rows, batch)
+    gradients = [p.grad for p in run.trained["discriminator"][0].parameters()]
+    assert all(gradient is None for gradient in gradients)  # nothing is left for the next step
+    return scores, {name: mean for name, mean in meter.means().items() if not math.isnan(mean)}
 
 
 def slow_game(gad, run, rows, batch, same):
@@ -192,32 +212,32 @@ def slow_game(gad, run, rows, batch, same):
             torch.autograd.grad(loss, list(discriminator.parameters())))
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 4, 64])
+@pytest.mark.parametrize("micro_batch", [1, 4, 64])
 def test_discriminator_step_is_that_of_the_equation(gad, monkeypatch, micro_batch):
     """The mean over pairs with different texts, whatever the size of the micro-batches."""
     run, rows, batch, steps = small_game(gad, monkeypatch, MICRO_BATCH=micro_batch)
     student, teacher, loss, gradients = slow_game(gad, run, rows, batch, same=(2,))
-    scores, metrics = gad.discriminator_step(run, rows, batch)
+    scores, metrics = played(gad, run, rows, batch)
     step, = steps
-    assert step.name == "discriminator" and not step.frozen and not scores.requires_grad
-    assert step.loss == pytest.approx(loss, rel=1e-4)
+    assert step.name == "discriminator" and not scores.requires_grad
     torch.testing.assert_close(scores, student, rtol=0, atol=1e-5)
     for ours, theirs in zip(step.gradients, gradients):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
     gap = (teacher - student)[[0, 1, 3, 4, 5]]
+    norm = math.sqrt(sum(g.square().sum() for g in gradients))
     assert metrics == pytest.approx({
         "d_loss": loss, "d_acc": (gap > 0).double().mean().item(), "score_gap": gap.mean().item(),
         "student_score": student[[0, 1, 3, 4, 5]].mean().item(), "matches_teacher": 1 / 6,
-        "teacher_score": teacher[[0, 1, 3, 4, 5]].mean().item(), "d_grad_norm": 1.0}, rel=1e-4)
+        "teacher_score": teacher[[0, 1, 3, 4, 5]].mean().item(), "d_grad_norm": norm}, rel=1e-4)
 
 
 def test_no_pair_at_all(gad, monkeypatch):
-    """Every answer is the teacher's: nothing to learn, nothing to report, and no 0 / 0."""
+    """Every answer is the teacher's: nothing to learn, nothing to report, and no 0 / 0. D takes no
+    step: its momentum would move it without a pair."""
     run, rows, batch, steps = small_game(gad, monkeypatch, same=range(6))
-    scores, metrics = gad.discriminator_step(run, rows, batch)
-    assert steps[0].loss == 0.0 and not any(g.any() for g in steps[0].gradients)
-    assert metrics == {"d_grad_norm": 1.0, "matches_teacher": 1.0}
-    assert scores.isfinite().all() and steps[0].frozen  # momentum would move D without a pair
+    scores, metrics = played(gad, run, rows, batch)
+    assert metrics == {"d_grad_norm": 0.0, "matches_teacher": 1.0}
+    assert scores.isfinite().all() and not steps
 
 
 @pytest.mark.parametrize("micro_batch", [1, 64])
@@ -227,42 +247,42 @@ def test_a_question_without_a_text_makes_no_pair(gad, monkeypatch, micro_batch):
     rows[1] |= {"teacher_ids": [1], "has_teacher": False}
     without = [i for i, question in enumerate(batch.prompt_index.tolist()) if question == 1]
     student, teacher, loss, gradients = slow_game(gad, run, rows, batch, same=(2, *without))
-    scores, metrics = gad.discriminator_step(run, rows, batch)
+    scores, metrics = played(gad, run, rows, batch)
     torch.testing.assert_close(scores, student, rtol=0, atol=1e-5)
-    assert steps[0].loss == pytest.approx(loss, rel=1e-4)
     for ours, theirs in zip(steps[0].gradients, gradients):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
     answered = [i for i in range(6) if i not in without]
     others = [i for i in answered if i != 2]
+    assert metrics["d_loss"] == pytest.approx(loss, rel=1e-4)
     assert metrics["matches_teacher"] == pytest.approx((2 in answered) / len(answered))
-    assert metrics["score_gap"] == pytest.approx((teacher - student)[others].mean().item())
+    gap = (teacher - student)[others].mean().item()
+    assert metrics["score_gap"] == pytest.approx(gap, rel=1e-4)
     for row in rows:
         row["has_teacher"] = False
-    scores, metrics = gad.discriminator_step(run, rows, batch)
+    scores, metrics = played(gad, run, rows, batch)
     torch.testing.assert_close(scores, student, rtol=0, atol=1e-5)
-    assert metrics == {"d_grad_norm": 1.0} and steps[1].frozen
+    assert metrics == {"d_grad_norm": 0.0} and len(steps) == 1
 
 
 def test_at_first_all_are_equal_and_ties_count_half(gad, monkeypatch):
     run, rows, batch, steps = small_game(gad, monkeypatch, same=())
     discriminator = gad.Discriminator(small_model())
-    run.trained["discriminator"] = (discriminator, None)
-    monkeypatch.setattr(gad, "optimiser_step", lambda run, name, meter, frozen:
-                        meter.end_minibatch(0.0))
-    scores, metrics = gad.discriminator_step(run, rows, batch)
+    run.trained["discriminator"] = (discriminator, gad.new_optimizer(discriminator, 1.0))
+    scores, metrics = played(gad, run, rows, batch)
     assert torch.equal(scores, torch.zeros(6))
     assert (metrics["d_acc"], metrics["score_gap"]) == (0.5, 0.0)
     assert metrics["d_loss"] == pytest.approx(math.log(2))
-    assert discriminator.head.weight.grad.abs().sum() > 0  # it can learn from there
+    assert metrics["d_grad_norm"] > 0  # it can learn from there
 
 
 @pytest.mark.parametrize("step, every, frozen", [
-    (0, 1, False), (7, 0, False), (9, 3, False),       # the warm-up is never frozen
-    (10, 1, False), (10, 0, True), (11, 0, True), (11, 2, True), (12, 2, False), (12, 3, False)])
+    (1, 1, False), (8, 0, False), (10, 3, False),       # the warm-up is never frozen
+    (11, 1, False), (11, 0, True), (12, 0, True), (11, 2, True), (12, 2, False), (12, 3, False)])
 def test_when_the_discriminator_is_frozen(gad, monkeypatch, step, every, frozen):
+    """Then too its gradient is measured, which tells a collapse, and thrown away."""
     run, rows, batch, steps = small_game(gad, monkeypatch, step=step, DISCRIMINATOR_EVERY=every)
-    gad.discriminator_step(run, rows, batch)
-    assert steps[0].frozen == frozen
+    _, metrics = played(gad, run, rows, batch)
+    assert len(steps) == 1 - frozen and metrics["d_grad_norm"] > 0
 
 
 def test_signal_by_hand(gad):
@@ -270,11 +290,17 @@ def test_signal_by_hand(gad):
     with it; the second has no wrong one and no spread."""
     gad.GROUP_SIZE = 3
     scores = torch.tensor([2.0, 1.0, 1.0, 0.3, 0.3, 0.3])
-    metrics = gad.signal_metrics(scores, [1.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+
+    def measured(scores, right):
+        meter = gad.Meter()
+        gad.measure_signal(meter, scores, torch.tensor(right))
+        return meter.means()
+
+    metrics = measured(scores, [1.0, 0.0, 1.0, 1.0, 1.0, 1.0])
     assert metrics == pytest.approx({"d_rank": 0.75, "frac_no_signal": 0.5,
                                      "d_spread": math.sqrt(1 / 3) / 2})
-    assert "d_rank" not in gad.signal_metrics(scores, [1.0] * 6)
-    assert gad.signal_metrics(-scores, [1.0, 0.0, 1.0, 0.0, 0.0, 0.0])["d_rank"] == 0.25
+    assert math.isnan(measured(scores, [1.0] * 6)["d_rank"])
+    assert measured(-scores, [1.0, 0.0, 1.0, 0.0, 0.0, 0.0])["d_rank"] == 0.25
 
 
 # ================================ Advantages, and the policy's loss ===============================
@@ -309,6 +335,7 @@ def test_equal_scores_get_advantages_of_exactly_zero(gad, by_std):
 def test_the_policy_loss_is_that_of_gspo(gad, clip, spread):
     """Value, gradient and statistics, of the function that test_gspo_loss.py holds to the paper."""
     gspo = import_file(SCRIPT)
+    gspo.configure(["PROFILE=embedded", "DEVICE=cpu"])
     gad.CLIP_RANGE = gspo.CLIP_RANGE = clip
     found = []
     for module in (gad, gspo):
@@ -348,15 +375,14 @@ def test_questions_without_a_text_are_asked_in_stage_3_only(gad, monkeypatch):
     asked = {1: [], 2: [], 3: []}
 
     def step_of(stage):
-        def one_step(run):
+        def one_step(run, meter):
             asked[stage] += [row["question"] for row in gad.next_questions(run, 2)]
-            return {}
         return one_step
 
     for stage, name in {1: "seqkd_step", 2: "warmup_step", 3: "adversarial_step"}.items():
         monkeypatch.setattr(gad, name, step_of(stage))
     monkeypatch.setattr(gad, "begin_game", lambda run: None)
-    monkeypatch.setattr(gad, "finish_step", lambda run, *_: setattr(run, "step", run.step + 1))
+    monkeypatch.setattr(gad, "finish_step", lambda *_: None)
     run = SimpleNamespace(step=0, total_steps=16, questions=0, train_rows=[
         {"question": i, "has_teacher": i % 4 == 0} for i in range(16)])
     gad.train(run)
@@ -367,11 +393,34 @@ def test_questions_without_a_text_are_asked_in_stage_3_only(gad, monkeypatch):
 def test_teachers_answers_are_a_batch(gad, monkeypatch):
     run, rows, _, _ = small_game(gad, monkeypatch)
     batch = gad.teacher_answers(run, rows)
-    assert batch.completion_ids.tolist() == [[5, 6, 7, 1, 0], [8, 1, 0, 0, 0], [9, 10, 11, 12, 1]]
-    assert batch.completion_mask.sum(1).tolist() == [4, 2, 5]
+    assert batch.completion_ids.tolist() == [[5, 6, 7, 1, 0, 0], [8, 1, 0, 0, 0, 0],
+                                             [9, 10, 11, 12, 13, 1]]
+    assert batch.completion_mask.sum(1).tolist() == [4, 2, 6]
     assert batch.completion_mask.dtype == torch.float32 and batch.ended.all()
     for row, ids, mask in zip(rows, batch.prompt_ids, batch.prompt_mask):
         assert ids[mask.bool()].tolist() == row["prompt_ids"]
+
+
+@pytest.mark.parametrize("longer", ["student", "teacher"])
+def test_both_players_are_groups_of_one_more(gad, monkeypatch, longer):
+    """Each question's answers, the teacher's last, whoever wrote the longest; as they were."""
+    run, rows, batch, _ = small_game(gad, monkeypatch)
+    if longer == "student":
+        for name in ("completion_ids", "completion_mask"):
+            setattr(batch, name, F.pad(getattr(batch, name), (0, 3), value=1))
+    else:
+        batch = gad.Batch(**vars(batch) | {name: getattr(batch, name)[:, :2] for name in
+                                           ("completion_ids", "completion_mask")})
+    teachers = gad.teacher_answers(run, rows)
+    both = gad.both_players(batch, teachers)
+    assert both.prompt_index.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and both.group_size() == 3
+    from_whom = [(batch, 0), (batch, 1), (teachers, 0), (batch, 2), (batch, 3), (teachers, 1),
+                 (batch, 4), (batch, 5), (teachers, 2)]
+    for i, (source, k) in enumerate(from_whom):
+        for name in ("completion", "prompt"):
+            ids, mask = (getattr(both, f"{name}_{part}")[i] for part in ("ids", "mask"))
+            wanted, real = (getattr(source, f"{name}_{part}")[k] for part in ("ids", "mask"))
+            assert ids[mask.bool()].tolist() == wanted[real.bool()].tolist()
 
 
 def entry(path, **keys):
@@ -380,18 +429,23 @@ def entry(path, **keys):
 
 
 REFUSALS = [
-    ([entry("data/train.parquet")], ["train_datasets", "'teacher': the column"]),
-    ([entry("data/train.parquet", teacher="no")], ["no column 'no'", "teacher_response"]),
-    (["SCORE_AT=first"], ["SCORE_AT=first", "mean or last"]),
-    (["DISCRIMINATOR="], ["DISCRIMINATOR is empty", "policy, or"]),
-    (["DISCRIMINATOR=data/policy_answers.parquet"], ["DISCRIMINATOR=data/policy_answers.parquet"]),
-    (["USE_SEQUENCE_LEVEL_REWARD=False"], ["USE_SEQUENCE_LEVEL_REWARD", "True"]),
-    (["SEQKD_STEPS=-1"], ["SEQKD_STEPS=-1", "0 or more"]),
-    (["CRITIC_WARMUP=-1"], ["CRITIC_WARMUP=-1", "0 or more"]),
-    (["SEQKD_BATCH=0"], ["SEQKD_BATCH=0", "1 or more"]),
-    (["WARMUP_BATCH=0"], ["WARMUP_BATCH=0", "1 or more"]),
-    (["DISCRIMINATOR_EVERY=-1"], ["DISCRIMINATOR_EVERY=-1", "0 or more"]),
-    (["DISCRIMINATOR_LEARNING_RATE=-1.0"], ["DISCRIMINATOR_LEARNING_RATE", "0 or more"]),
+    ([entry("data/train.parquet")], ["train_datasets", '"teacher" in entry', "teacher's texts"]),
+    ([entry("data/train.parquet", teacher="no")], ["no column no", "teacher_response"]),
+    (["SCORE_AT=first"], ["SCORE_AT='first'", '("mean", "last")']),
+    (["DISCRIMINATOR="], ["DISCRIMINATOR=''", "DeBERTa"]),
+    (["USE_SEQUENCE_LEVEL_REWARD=False"], ["USE_SEQUENCE_LEVEL_REWARD", "whole answers"]),
+    (["GROUP_SIZE=1"], ["GROUP_SIZE=1", ">= 2"]),
+    (["SEQKD_STEPS=-1"], ["SEQKD_STEPS=-1", ">= 0"]),
+    (["CRITIC_WARMUP=-1"], ["CRITIC_WARMUP=-1", ">= 0"]),
+    (["SEQKD_BATCH=0"], ["SEQKD_BATCH=0", ">= 1"]),
+    (["WARMUP_BATCH=0"], ["WARMUP_BATCH=0", ">= 1"]),
+    (["GAD_EPOCHS=0"], ["GAD_EPOCHS=0", ">= 1"]),
+    (["DISCRIMINATOR_EVERY=-1"], ["DISCRIMINATOR_EVERY=-1", ">= 0"]),
+    (["DISCRIMINATOR_LEARNING_RATE=-1.0"], ["DISCRIMINATOR_LEARNING_RATE=-1.0", ">= 0"]),
+    (["SEQKD_LEARNING_RATE=-1.0"], ["SEQKD_LEARNING_RATE=-1.0", ">= 0"]),
+    (["LABEL_SMOOTHING=0.5"], ["LABEL_SMOOTHING=0.5", "< 0.5"]),
+    (["CLIP_RANGE=(1.5, 0.2)"], ["CLIP_RANGE=(1.5, 0.2)", "<= 1"]),
+    (["KL_COEF=-0.1"], ["KL_COEF=-0.1", ">= 0"]),
     (["NORM_ADV_BY_STD=2"], ["NORM_ADV_BY_STD", "expected bool"]),
 ]
 
@@ -399,7 +453,7 @@ REFUSALS = [
 @pytest.mark.parametrize("arguments, says", REFUSALS)
 def test_constants_and_data_that_cannot_work(gad, tmp_path, capsys, arguments, says):
     """One line that names it and what is expected; no model is loaded, nothing is written."""
-    gad.load_pretrained = None  # calling it would be a TypeError
+    gad.load_policy = gad.load_scorers = None  # calling them would be a TypeError
     with pytest.raises(SystemExit) as stop:
         gad.main(["PROFILE=embedded", "DEVICE=cpu", f"OUTPUT_DIR={tmp_path / 'run'}", *arguments])
     line = stop.value.code
@@ -409,11 +463,21 @@ def test_constants_and_data_that_cannot_work(gad, tmp_path, capsys, arguments, s
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
 
 
-def test_batches_that_processes_cannot_share(gad, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "5")
+def test_a_discriminator_that_is_not_there(tmp_path):
+    """One line; nothing is written."""
     with pytest.raises(SystemExit) as stop:
-        gad.configure(["PROFILE=embedded", "DEVICE=cpu"])
-    assert "SEQKD_BATCH=32" in stop.value.code and "5 processes" in stop.value.code
+        train(tmp_path / "run", *SMALL, "DISCRIMINATOR=data/policy_answers.parquet")
+    line = stop.value.code
+    assert line.startswith("error: DISCRIMINATOR=data/policy_answers.parquet") and "\n" not in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["SEQKD_BATCH", "WARMUP_BATCH"])
+def test_batches_that_processes_cannot_share(gad, name):
+    gad.processes = 2
+    with pytest.raises(SystemExit) as stop:
+        gad.configure(["PROFILE=embedded", "DEVICE=cpu", f"{name}=5"])
+    assert f"{name}=5" in stop.value.code and "processes share them" in stop.value.code
 
 
 # ============================================= Runs ==============================================
@@ -464,7 +528,7 @@ def test_the_three_stages(whole):
         "epoch_0", "step_1", "seqkd", "step_3", "warmup", "step_5", "step_6", "adversarial",
         "metrics.csv"}
     rows = metrics(folder)
-    assert [row["stage"] for row in rows] == ["", "1", "1", "2", "2", "3", "3", "3"]
+    assert [row["stage"] for row in rows] == ["", "1.0", "1.0", "2.0", "2.0", *["3.0"] * 3]
     assert [row["step"] for row in rows if row["eval/accuracy"]] == ["0", "2", "4", "7"]
     start = weights(ROOT / "data" / "policy")
     seqkd, warmup, end = (folder / name for name in ("seqkd", "warmup", "adversarial"))
@@ -479,15 +543,14 @@ def test_the_three_stages(whole):
     judges = [weights(path, "discriminator") for path in (seqkd, folder / "step_3", warmup, end)]
     assert not any(same(one, other) for one, other in zip(judges, judges[1:]))
     assert not judges[0]["head.weight"].any() and judges[1]["head.weight"].any()
-    assert "2 steps SeqKD, 2 of the discriminator alone, then both" in whole.printed
+    assert "SEQKD_STEPS=2, CRITIC_WARMUP=2, GAD_EPOCHS=1, DISCRIMINATOR=policy" in whole.printed
 
 
 def test_with_lora_each_network_is_the_base_with_an_adapter(tmp_path):
     """The student's, the discriminator's, and the reference's, which is the one that SeqKD left;
     the base stays as it was, and a resumed run is the same to the last bit."""
     folder = tmp_path / "run"
-    printed = train(folder, *SMALL, "LORA_RANK=4")
-    assert "and a frozen copy as the reference" in printed
+    train(folder, *SMALL, "LORA_RANK=4")
     ends = [folder / name for name in ("seqkd", "warmup", "adversarial")]
     seqkd, warmup, end = (weights(path, "adapter_model") for path in ends)
     assert same(seqkd, warmup) and not same(warmup, end)
@@ -513,11 +576,11 @@ def test_what_each_stage_measures(whole):
     game = {"d_loss", "d_acc", "student_score", "teacher_score", "score_gap", "d_grad_norm",
             "matches_teacher"}
     signal = {"d_spread", "frac_no_signal"}
-    policy = {"policy_loss", "kl", "kl_loss", "accuracy", "reward", "ratio/mean", "advantage/std"}
+    policy = {"policy_loss", "kl", "kl_loss", "accuracy", "reward", "ratio/mean", "advantage/size"}
     for row in metrics(whole.folder)[1:]:
         filled = {name for name, text in row.items() if text}
-        expected = {"1": {"seqkd_loss", "entropy", "grad_norm"}, "2": game,
-                    "3": game | signal | policy | {"entropy", "grad_norm"}}[row["stage"]]
+        expected = {"1.0": {"seqkd_loss", "entropy", "grad_norm"}, "2.0": game,
+                    "3.0": game | signal | policy | {"entropy", "grad_norm"}}[row["stage"]]
         others = {"seqkd_loss", "entropy"} | game | signal | policy
         assert expected <= filled and not (others - expected) & filled
         assert all(math.isfinite(float(text)) for text in row.values() if text)
@@ -526,10 +589,14 @@ def test_what_each_stage_measures(whole):
 
 
 def test_learning_rates_of_the_stages(whole):
-    rates = [row["learning_rate"] for row in metrics(whole.folder)]
-    assert list(map(float, rates[1:3] + rates[5:])) == [1e-3] * 2 + [1e-4] * 3
+    rates = [float(row["learning_rate"] or 0.0) for row in metrics(whole.folder)]
+    assert rates == pytest.approx([0.0, 1e-3, 1e-3, 0.0, 0.0, 1e-4, 1e-4, 1e-4], rel=1e-6)
     state = json.loads((whole.folder / "adversarial" / "trainer_state.json").read_text())
-    assert state["updates"] == 2 + 3 * 2 and state["questions"] == 2 * 3 + 2 * 5 + 3 * 2
+    assert state["step"] == 7 and state["questions"] == 2 * 3 + 2 * 5 + 3 * 2
+    moments = load_file(whole.folder / "adversarial" / "policy_optimizer.safetensors")
+    assert moments["0.step"].item() == 2 + 3 * 2  # no updates in the warm-up
+    moments = load_file(whole.folder / "adversarial" / "discriminator_optimizer.safetensors")
+    assert moments["0.step"].item() == 2 + 3
 
 
 @pytest.mark.parametrize("checkpoint", ["step_1", "seqkd", "step_3", "warmup", "step_6"])
@@ -538,10 +605,11 @@ def test_resumed_run_equals_the_uninterrupted_one(whole, tmp_path, checkpoint):
     networks, the reference, the optimisers, counters and metrics."""
     shutil.copytree(whole.folder / checkpoint, tmp_path / "kept")
     printed = train(tmp_path / "run", f"RESUME_FROM={tmp_path / 'kept'}")
-    assert ", at step" in printed
+    assert "of 7 done" in printed and " 0 of 7" not in printed
     assert metrics(tmp_path / "run") == metrics(whole.folder)
     one, other = whole.folder / "adversarial", tmp_path / "run" / "adversarial"
-    for name in ("model", "discriminator", "reference", "trainer_state"):
+    for name in ("model", "discriminator", "reference", "policy_optimizer",
+                 "discriminator_optimizer"):
         assert same(weights(one, name), weights(other, name)), name
     assert (one / "trainer_state.json").read_text() == (other / "trainer_state.json").read_text()
 
@@ -562,8 +630,8 @@ def test_stages_can_be_left_out(tmp_path):
     train(tmp_path / "game", *SMALL, "SEQKD_STEPS=0", "CRITIC_WARMUP=0", "MAX_STEPS=1",
           "KL_COEF=0.0", "DISCRIMINATOR_EVERY=0")
     row = metrics(tmp_path / "game")[1]
-    assert row["stage"] == "3" and row["frac_no_signal"] == "1.0"  # D is all zeros
-    assert float(row["advantage/std"]) == 0.0 and float(row["kl"]) == 0.0
+    assert row["stage"] == "3.0" and row["frac_no_signal"] == "1.0"  # D is all zeros
+    assert float(row["advantage/size"]) == 0.0 and "kl" not in row
     saved = tmp_path / "game" / "adversarial"
     assert not (saved / "reference.safetensors").exists()
     assert not weights(saved, "discriminator")["head.weight"].any()  # never stepped
@@ -587,7 +655,6 @@ def test_a_deberta_as_the_discriminator(tmp_path):
 
 def test_a_debertas_scores_are_those_of_its_class(gad, monkeypatch):
     """Pairs of texts, each as if it were alone."""
-    gad.configure(["PROFILE=embedded", "DEVICE=cpu"])
     folder = ROOT / "data" / "reward_model"
     discriminator = gad.PairDiscriminator(str(folder))
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "policy")
@@ -597,7 +664,8 @@ def test_a_debertas_scores_are_those_of_its_class(gad, monkeypatch):
     made = [row | {"prompt_ids": [1], "teacher_ids": i} for row, i in zip([rows[0]] * 2 + rows[1:],
                                                                          ids)]
     run = SimpleNamespace(tokenizer=tokenizer, policy=SimpleNamespace(device=torch.device("cpu")))
-    batch = gad.replace(gad.teacher_answers(run, made), prompt_index=torch.tensor([0, 0, 1]))
+    batch = gad.teacher_answers(run, made)
+    batch.prompt_index = torch.tensor([0, 0, 1])
     scores = discriminator(run, rows, batch)
     pairs = AutoTokenizer.from_pretrained(folder)
     expected = [discriminator.model(**pairs(rows[k]["question"], text, return_tensors="pt"))
@@ -613,22 +681,22 @@ def test_seqkd_is_the_mean_cross_entropy(gad, monkeypatch):
     found = []
 
     def record(run, name, meter):
-        meter.end_minibatch(1.0)
         found.append([p.grad.clone() for p in model.parameters()])
-        model.zero_grad()
 
     monkeypatch.setattr(gad, "optimiser_step", record)
     monkeypatch.setattr(gad, "next_questions", lambda run, count: rows)
     run.policy = model
     run.trained["policy"] = (model, gad.new_optimizer(model, 1.0))
-    metrics = gad.seqkd_step(run)
+    meter = gad.Meter()
+    gad.seqkd_step(run, meter)
+    metrics = meter.means()
     losses = []
     for row in rows:
         ids = torch.tensor([row["prompt_ids"] + row["teacher_ids"]])
         logits = model(input_ids=ids).logits[0, len(row["prompt_ids"]) - 1:-1]
         losses.append(F.cross_entropy(logits.float(), torch.tensor(row["teacher_ids"])))
     loss = torch.stack(losses).mean()
-    assert metrics["seqkd_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert metrics["seqkd_loss"] == metrics["loss"] == pytest.approx(loss.item(), rel=1e-4)
     for ours, theirs in zip(found[0], torch.autograd.grad(loss, list(model.parameters()))):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
@@ -648,7 +716,8 @@ def test_the_game_teaches_what_seqkd_left(tmp_path):
     assert game.score_gap.max() < 3
 
 
-def test_docstring_examples(gad):
+def test_docstring_examples():
+    gad = import_file(GAD, "gad_under_test")
     result = doctest.testmod(gad)
     assert result.failed == 0
     examples = {test.name.split(".")[-1] for test in doctest.DocTestFinder().find(gad)
@@ -660,28 +729,35 @@ def test_docstring_examples(gad):
 
 MUTATIONS = {  # name: (text, what takes its place, test, its parameters)
     "the discriminator's players are swapped": (
-        "(discriminator_loss(theirs - ours)", "(discriminator_loss(ours - theirs)",
+        "discriminator_loss(theirs - ours)", "discriminator_loss(ours - theirs)",
         test_discriminator_step_is_that_of_the_equation, {"micro_batch": 64}),
     "equal texts are pairs": (
-        "pairs = answered & ~matches", "pairs = answered",
+        "pairs = answered & ~matches", "pairs = answered & (matches | ~matches)",
         test_discriminator_step_is_that_of_the_equation, {"micro_batch": 64}),
     "a mean for each micro-batch": (
-        "* pairs[mine]).sum() / count", "* pairs[mine]).sum() / pairs[mine].sum().clamp(min=1)",
-        test_discriminator_step_is_that_of_the_equation, {"micro_batch": 2}),
-    "a teacher's text stands against another question": (
-        "[question[mine] - some[0]]", "[(question[mine] + 1) % len(some)]",
+        "((loss * pairs[some]).sum() / (count or 1.0))", "(loss * pairs[some]).mean()",
+        test_discriminator_step_is_that_of_the_equation, {"micro_batch": 4}),
+    "gradients are summed over the pairs": (
+        "((loss * pairs[some]).sum() / (count or 1.0))", "(loss * pairs[some]).sum()",
         test_discriminator_step_is_that_of_the_equation, {"micro_batch": 64}),
+    "a teacher's text stands against another question": (
+        "torch.cat([ours.unflatten(0, (-1, group)), theirs[:, None]], 1)",
+        "torch.cat([ours.unflatten(0, (-1, group)), theirs.roll(1, 0)[:, None]], 1)",
+        test_both_players_are_groups_of_one_more, {"longer": "teacher"}),
+    "scores come in the order of the lengths": (
+        "student[some] = discriminator_loss(theirs - ours), ours.detach()",
+        "student[by_length.argsort()[some]] = discriminator_loss(theirs - ours), ours.detach()",
+        test_discriminator_step_is_that_of_the_equation, {"micro_batch": 1}),
     "ties are lost": (
-        "float(((teacher - student).sign() + 1).mean()) / 2",
-        "float((teacher > student).float().mean())",
+        '"d_acc": (gap.sign() + 1) / 2', '"d_acc": gap > 0',
         test_at_first_all_are_equal_and_ties_count_half, {}),
     "the states before the tokens are read": (
-        "readings = at_tokens(self, longer, reading)[0][:, 1:]",
-        "readings = at_tokens(self, longer, reading)[0][:, :-1]",
+        "readings = at_tokens(longer, self.head(states)[:, 0])[:, 1:]",
+        "readings = at_tokens(longer, self.head(states)[:, 0])[:, :-1]",
         test_scores_are_those_of_plain_forward_passes, {"where": "mean"}),
     "the last token is not read": (
-        "completion_mask=F.pad(batch.completion_mask, (1, 0), value=1.0))",
-        "completion_mask=F.pad(batch.completion_mask, (0, 1)))",
+        '"completion_mask": F.pad(batch.completion_mask, (1, 0), value=1.0)})',
+        '"completion_mask": F.pad(batch.completion_mask, (0, 1))})',
         test_the_last_token_counts, {}),
     "padding is averaged": (
         "(readings * batch.completion_mask).sum(1) / lengths", "readings.mean(1)",
@@ -700,7 +776,15 @@ MUTATIONS = {  # name: (text, what takes its place, test, its parameters)
         test_teachers_texts_become_tokens, {}),
     "the discriminator is frozen in the warm-up": (
         "stage_of(run.step) < 3 or DISCRIMINATOR_EVERY", "DISCRIMINATOR_EVERY",
-        test_when_the_discriminator_is_frozen, {"step": 7, "every": 0, "frozen": False}),
+        test_when_the_discriminator_is_frozen, {"step": 8, "every": 0, "frozen": False}),
+    "the warm-up is a step short": (
+        "(step > SEQKD_STEPS + CRITIC_WARMUP)", "(step >= SEQKD_STEPS + CRITIC_WARMUP)",
+        test_when_the_discriminator_is_frozen, {"step": 10, "every": 3, "frozen": False}),
+    "without a pair AdamW's momentum still moves D": (
+        "if due and count:", "if due:", test_no_pair_at_all, {}),
+    "a frozen discriminator keeps its gradient for the next step": (
+        "    optimizer.zero_grad()\n    return student.flatten()", "    return student.flatten()",
+        test_when_the_discriminator_is_frozen, {"step": 11, "every": 0, "frozen": True}),
     "no text is a text": (
         "pairs = answered & ~matches", "pairs = ~matches",
         test_a_question_without_a_text_makes_no_pair, {"micro_batch": 64}),

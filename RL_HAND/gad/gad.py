@@ -170,7 +170,7 @@ DEFAULTS = {name: value for name, value in globals().items()
 
 
 def train(run):
-    """The three stages. `run` (see `start`) holds the models, the data and the run's folder."""
+    """The three stages, of B answers, b of them in a part, T tokens each. `run`: see `start`."""
     asked = run.train_rows
     answered = [row for row in asked if row["has_teacher"]]
     stages = {1: ("seqkd", seqkd_step), 2: ("warmup", warmup_step),
@@ -178,7 +178,7 @@ def train(run):
     while run.step < run.total_steps:
         if run.step == SEQKD_STEPS:
             begin_game(run)
-        meter = begin_step(run)
+        meter = begin_step(run)                                           # what is measured goes in
         stage = stage_of(run.step)
         run.train_rows = asked if stage == 3 else answered
         name, one_step = stages[stage]
@@ -192,8 +192,8 @@ def seqkd_step(run, meter):
     run.trained["policy"][1].param_groups[0]["initial_lr"] = SEQKD_LEARNING_RATE
     batch = teacher_answers(run, next_questions(run, SEQKD_BATCH))
     batch.weights = token_weights(batch.completion_mask)                  # (B, T), sums to 1
-    for some in micro_batches(batch):                                     # row numbers; for memory
-        micro = batch.rows(some)
+    for index in micro_batches(batch):                                    # parts, for memory
+        micro = batch.rows(index)
         logps, entropy = score_tokens(run.policy, micro)                  # (b, T) each
         (-logps * micro.weights).sum().backward()
         meter.add({"loss": -logps, "seqkd_loss": -logps, "entropy_loss": -entropy}, micro.weights)
@@ -217,7 +217,7 @@ def adversarial_step(run, meter):
     policy = run.policy
     run.trained["policy"][1].param_groups[0]["initial_lr"] = LEARNING_RATE
     rows = next_questions(run, BATCH_SIZE)
-    batch = sample_groups(policy, run.tokenizer, rows, GROUP_SIZE)        # B completions
+    batch = sample_groups(policy, run.tokenizer, rows, GROUP_SIZE)        # B = BATCH x GROUP_SIZE
     meter.lap("rollout")
     measured, parts = score_completions(run, rows, batch)                 # shown, not trained on
     meter.lap("reward")
@@ -225,15 +225,15 @@ def adversarial_step(run, meter):
     measure_signal(meter, scores, parts["verifier"])
     meter.lap("discriminator")
     batch.advantages = compute_advantages(scores)[:, None].expand_as(batch.completion_mask)
-    batch.old_logps = behaviour_logps(policy, batch)                      # (B, T) before any update
+    batch.old_logps = behaviour_logps(policy, batch)                      # (B, T) pi_old's
     if KL_COEF:
         batch.ref_logps = reference_logps(run, batch)                     # (B, T)
     meter.lap("logps")
 
     for minibatch in minibatches(batch, GAD_EPOCHS):                      # an optimiser step each
         minibatch.weights = token_weights(minibatch.completion_mask)      # (b, T), sums to 1
-        for some in micro_batches(minibatch):
-            micro = minibatch.rows(some)
+        for index in micro_batches(minibatch):
+            micro = minibatch.rows(index)
             logps, entropy = score_tokens(policy, micro)                  # (b, T) each
             policy_term, statistics = policy_loss(logps, micro.old_logps, micro.advantages,
                                                   micro.completion_mask)
@@ -241,8 +241,8 @@ def adversarial_step(run, meter):
             if KL_COEF:
                 kl = kl_to_reference(logps, micro.old_logps, micro.ref_logps)
                 token_loss = token_loss + KL_COEF * kl
-                meter.add({"kl_loss": kl}, micro.weights)
-                meter.add({"kl": kl}, micro.completion_mask)
+                meter.add({"kl_loss": kl}, micro.weights)                 # as the loss weighs it
+                meter.add({"kl": kl}, micro.completion_mask)              # mean over tokens
             (token_loss * micro.weights).sum().backward()
             meter.add({"loss": token_loss, "policy_loss": policy_term,
                        "entropy_loss": -entropy, "advantage/mean": micro.advantages,

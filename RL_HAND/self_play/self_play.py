@@ -162,12 +162,12 @@ DEFAULTS = {name: value for name, value in globals().items()
 
 
 def train(run):
-    """The whole algorithm. `run` (see `start`) holds the models, the data and the run's folder."""
+    """The whole algorithm, of B answers, b of them in a part, T tokens each. `run`: see `start`."""
     policy = run.policy
     while run.step < run.total_steps:                                     # a step is a round
-        meter = begin_step(run)
+        meter = begin_step(run)                                           # what is measured goes in
         rows = next_questions(run, TRAIN_BATCH_SIZE)
-        batch = sample_in_parts(policy, run.tokenizer, rows)              # B completions
+        batch = sample_in_parts(policy, run.tokenizer, rows)              # B = BATCH x ROLLOUT_N
         meter.lap("rollout")
         rewards, parts = score_completions(run, rows, batch)              # (B,), and by source
         beats = preferences(rewards)                                      # (P, G, G)
@@ -183,8 +183,8 @@ def train(run):
             if not pairs:
                 continue                                                  # AdamW's momentum waits
             total = 0.0
-            for some in micro_batches(minibatch):                         # row numbers; for memory
-                micro = minibatch.rows(some)
+            for index in micro_batches(minibatch):                        # parts, for memory
+                micro = minibatch.rows(index)
                 logps, entropy = score_tokens(policy, micro)              # (b, T) each
                 h = implicit_rewards(logps, micro.old_logps, micro.completion_mask)  # (p, G)
                 wins = wins_in(micro, beats)                              # (p, G, G)
