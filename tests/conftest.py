@@ -1,8 +1,11 @@
 """Fixtures: the scripts under test are imported from their files, never copied."""
 
+import contextlib
 import importlib.util
 import inspect
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +51,38 @@ def run_script(*arguments, script=SCRIPT, timeout=300, cwd=ROOT):
     """Run a script as a user does; returns the finished process with stdout and stderr as text."""
     return subprocess.run([sys.executable, str(script), *map(str, arguments)], cwd=cwd, text=True,
                           capture_output=True, timeout=timeout)
+
+
+def fork(function, log, *arguments):
+    """Start a function of a test file in a process of its own, forked from one that has PyTorch
+    loaded: to be killed, or sent signals, without the seconds that a start takes. It writes to the
+    file `log`. Returns the process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["matplotlib.figure", "pandas", "pytest", "torch", "tqdm.auto",
+                                    "transformers.models.auto.modeling_auto",
+                                    "transformers.models.qwen3.modeling_qwen3"])
+    process = context.Process(target=call_into, args=(function, log, arguments), daemon=True)
+    process.start()
+    return process
+
+
+def call_into(function, log, arguments):
+    """Call a function with all that it prints in a file; one thread, the signals' defaults."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    with open(log, "w", buffering=1) as file, contextlib.redirect_stdout(file), \
+            contextlib.redirect_stderr(file):
+        function(*arguments)
+
+
+@pytest.fixture(autouse=True)
+def same_signals():
+    """`main` takes Ctrl-C over: give it back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import shutil
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, import_file
+from conftest import ROOT, SCRIPT, import_file, mutated_copy
 from safetensors.torch import load_file
 
 # 9 questions, 2 a step: 4 steps an epoch, and the first pass over the questions ends inside a
@@ -23,9 +23,9 @@ SMALL = ["PROFILE=embedded", "DEVICE=cpu", "BATCH_SIZE=2", "GROUP_SIZE=4", "MINI
          "TARGET_KL=0.05", "NUM_EPOCHS=2", "SAVE_EVERY=1"]
 
 
-def train(folder, *arguments):
+def train(folder, *arguments, script=SCRIPT):
     """Train in this process, without a plot; returns the run's folder."""
-    gspo = import_file(SCRIPT)
+    gspo = import_file(script)
     gspo.plot_metrics = lambda run: None
     gspo.main([*arguments, f"OUTPUT_DIR={folder}"])
     return folder
@@ -40,21 +40,20 @@ def questions(folder):
 
 
 def metrics(folder):
-    """metrics.csv as rows of {column: text}, less what was measured of the machine: seconds, and
-    the memory that the process has used so far."""
+    """metrics.csv as rows of {column: text}, less the seconds."""
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     return [{name: text for name, text in row.items()
-             if not name.startswith("time/") and name not in ("step_time", "peak_memory")}
+             if not name.startswith("time/") and name != "step_time"}
             for row in rows]
 
 
 def assert_same_run(one, other):
-    """Equal strings in the tables; equal bits in the weights and the trainer's state at the end."""
+    """Equal strings in the tables; equal bits in the weights and the optimiser at the end."""
     for row, again in zip(metrics(one), metrics(other), strict=True):
         for name, text in row.items():
             assert again[name] == text, f"step {row['step']}, {name}"
-    for name in ("model.safetensors", "trainer_state.safetensors"):
+    for name in ("model.safetensors", "policy_optimizer.safetensors"):
         last, again = (load_file(folder / "epoch_2" / name) for folder in (one, other))
         assert set(last) == set(again) and len(last) > 20
         for key, value in last.items():
@@ -78,7 +77,7 @@ def test_the_run_has_what_could_go_wrong(whole):
     rows = metrics(whole[0])
     assert [row["step"] for row in rows] == list("012345678")
     rates = [float(row["learning_rate"]) for row in rows[1:]]
-    assert rates[0] < rates[1] < rates[2] == rates[7] == pytest.approx(1e-3)
+    assert rates[0] < rates[1] < rates[2] < rates[3] == rates[7] == pytest.approx(1e-3)
     coefficients = [float(row["kl_coef"]) for row in rows[1:]]
     steps = [b - a for a, b in zip(coefficients, coefficients[1:])]
     assert min(steps) < 0 < max(steps), coefficients
@@ -92,7 +91,8 @@ def test_resumed_run_equals_the_uninterrupted_one(whole, tmp_path, checkpoint):
     """Inside the warm-up, inside an epoch, at its end, and past it."""
     folder, _ = whole
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    resumed = train(tmp_path / "resumed", f"RESUME_FROM={folder / checkpoint}", "MAX_STEPS=8")
+    torch.manual_seed(99)  # what chance stood at is no part of a checkpoint
+    resumed = train(tmp_path / "resumed", f"RESUME_FROM={folder / checkpoint}")
     assert_same_run(folder, resumed)
     step = {"epoch_1": 4}.get(checkpoint) or int(checkpoint[-1])
     names = {p.name for p in resumed.iterdir() if p.is_dir()}
@@ -135,19 +135,33 @@ def test_stopping_early_changes_nothing_before(whole, tmp_path):
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+def constants(folder):
+    """The constants that a checkpoint was made with."""
+    return json.loads((folder / "constants.json").read_text())["constants"]
+
+
 def test_the_checkpoints_constants_count_and_the_command_line_wins(whole, tmp_path):
+    """Over what the file says: what was edited there after the run began changes nothing. But for
+    RESUME_FROM itself, which may stand in the file."""
     folder, _ = whole
-    resumed = train(tmp_path / "run", f"RESUME_FROM={folder / 'step_2'}", "MAX_STEPS=3",
-                    "LEARNING_RATE=5e-4", "MICRO_BATCH=4")
-    constants = json.loads((resumed / "step_3" / "constants.json").read_text())["constants"]
-    saved = json.loads((folder / "step_2" / "constants.json").read_text())["constants"]
-    changed = {name for name in saved if constants[name] != saved[name]}
+    script = mutated_copy(SCRIPT, 'RESUME_FROM = ""', f'RESUME_FROM = "{folder / "step_2"}"',
+                          tmp_path)
+    text = script.read_text()
+    assert text.count("WARMUP_STEPS = 0") == text.count("GROUP_SIZE = Either(4, 8)") == 1
+    script.write_text(text.replace("WARMUP_STEPS = 0", "WARMUP_STEPS = 7")
+                      .replace("GROUP_SIZE = Either(4, 8)", "GROUP_SIZE = 16"))
+    resumed = train(tmp_path / "run", "MAX_STEPS=3", "LEARNING_RATE=5e-4", "MICRO_BATCH=4",
+                    script=script)
+    now, saved = constants(resumed / "step_3"), constants(folder / "step_2")
+    changed = {name for name in saved if now[name] != saved[name]}
     assert changed == {"LEARNING_RATE", "MICRO_BATCH", "MAX_STEPS", "RESUME_FROM", "OUTPUT_DIR"}
-    assert constants["WARMUP_STEPS"] == 10 and constants["GROUP_SIZE"] == 4  # not the file's
-    assert constants["RESUME_FROM"] == str(folder / "step_2")
-    row = metrics(resumed)[3]
-    assert float(row["learning_rate"]) == 5e-4  # warm, by now
-    assert float(row["kl_coef"]) == float(metrics(folder)[3]["kl_coef"])
+    assert now["WARMUP_STEPS"] == 10 and now["GROUP_SIZE"] == 4  # not the file's
+    assert now["RESUME_FROM"] == str(folder / "step_2")
+    row, before = metrics(resumed)[3], metrics(folder)[3]
+    assert metrics(resumed)[:3] == [  # the columns of the earlier rows are as they were
+        {name: one[name] for name in metrics(resumed)[0]} for one in metrics(folder)[:3]]
+    assert row["num_tokens"] == before["num_tokens"] and row["kl_coef"] == before["kl_coef"]
+    assert float(row["learning_rate"]) == pytest.approx(float(before["learning_rate"]) / 2)
 
 
 def test_resumed_from_another_folder_by_a_relative_path(whole, tmp_path, monkeypatch, capsys):
@@ -155,9 +169,56 @@ def test_resumed_from_another_folder_by_a_relative_path(whole, tmp_path, monkeyp
     monkeypatch.chdir(folder.parent)
     train(tmp_path / "run", "RESUME_FROM=run/step_6", "MAX_STEPS=7")
     printed = capsys.readouterr().out
-    assert f"resumed   {folder / 'step_6'}, at step 6" in printed
+    assert "  settings  " in printed and "RESUME_FROM=run/step_6" in printed
+    assert "  steps     6 of 7 done" in printed
     assert "step 0: held-out" not in printed  # it does not begin again
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == list("01234567")
     assert rows[:7] == metrics(folder)[:7]
     assert rows[7]["loss"] == metrics(folder)[7]["loss"]
+
+
+REWARD = """
+calls = 0
+
+def score(questions, responses, references):
+    return [len(response) % 7 / 7 for response in responses]
+"""
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "a reward function"])
+def test_what_else_is_resumed(tmp_path, kind):
+    """An adapter, with its optimiser, on the model it was made for; a reward function, which is the
+    file itself: the run's folder has a copy for the record."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    extra = ["LORA_RANK=4", "EVAL_EVERY=0"] if kind == "LoRA" else [
+        "REWARD_WEIGHTS={'function': 1.0, 'verifier': 0.5}", "EVAL_EVERY=0",
+        f"REWARD_FUNCTION={tmp_path / 'reward.py'}:score"]
+    if kind == "LoRA":
+        pytest.importorskip("peft")
+    whole = train(tmp_path / "whole", *SMALL, questions(tmp_path), *extra, "MAX_STEPS=3")
+    rest = train(tmp_path / "rest", f"RESUME_FROM={whole / 'step_1'}")
+    assert metrics(rest) == metrics(whole)
+    weights = "adapter_model.safetensors" if kind == "LoRA" else "model.safetensors"
+    for name in (weights, "policy_optimizer.safetensors"):
+        last, again = (load_file(folder / "step_3" / name) for folder in (whole, rest))
+        start = load_file(whole / "step_1" / name)
+        assert set(last) == set(again) and len(last) > 20
+        assert all(torch.equal(value, again[key]) for key, value in last.items())
+        assert any(not torch.equal(value, start[key]) for key, value in last.items())
+    if kind == "LoRA":  # the adapter alone is saved
+        assert not (whole / "step_3" / "model.safetensors").exists()
+        assert all(value.dtype == torch.float32 for value in last.values())
+        assert metrics(whole)[3]["kl"] != "0.0"  # against the model without it
+    else:
+        assert (whole / "reward.py").read_text() == (rest / "reward.py").read_text() == REWARD
+        assert metrics(whole)[1]["rewards/function"] != "0.0"
+
+
+def test_a_second_configure_knows_nothing_of_the_first(whole):
+    """In a notebook: without RESUME_FROM the constants are the file's again."""
+    gspo = import_file(SCRIPT)
+    gspo.configure([f"RESUME_FROM={whole[0] / 'step_2'}", "MAX_STEPS=9"])
+    assert (gspo.GROUP_SIZE, gspo.WARMUP_STEPS) == (4, 10)
+    gspo.configure(["PROFILE=embedded"])
+    assert (gspo.GROUP_SIZE, gspo.WARMUP_STEPS, gspo.RESUME_FROM) == (8, 0, "")
