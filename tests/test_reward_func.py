@@ -268,14 +268,12 @@ def test_the_projects_python_first(shell):
 def test_the_defaults_of_the_flags_can_be_run(shell):
     """What --rollout_n sets is accepted by the script, in both profiles; what is given wins."""
     script = import_file(FOLDER / "self_play.py", "self_play_for_the_shell")
-    as_in_the_file = script.constants()
+    here = ["DEVICE=cpu", "FROZEN_DEVICE=cpu"]
     for n in ("2", "7", "010", "12"):
         for profile in ("full", "embedded"):
-            vars(script).update(as_in_the_file)
-            lines = shell("--rollout_n", n, f"PROFILE={profile}", "DEVICE=cpu").lines
-            script.configure(lines[3:])
-            assert script.ROLLOUT_N == int(n)
-    script.configure(shell("--rollout_n", "10", "DEVICE=cpu", "MICRO_BATCH=40").lines[3:])
+            script.configure(shell("--rollout_n", n, f"PROFILE={profile}", *here).lines[3:])
+            assert script.ROLLOUT_N == script.MICRO_BATCH == script.MINIBATCH // 16 == int(n)
+    script.configure(shell("--rollout_n", "10", *here, "MICRO_BATCH=40").lines[3:])
     assert script.MICRO_BATCH == 40
 
 

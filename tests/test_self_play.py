@@ -20,6 +20,7 @@ import torch
 from conftest import ROOT, import_file, must_fail, mutated_copy
 from safetensors.torch import load_file
 from test_gspo_loss import small_model
+from transformers import AutoTokenizer
 
 FOLDER = ROOT / "RL_HAND" / "self_play"
 SCRIPT = FOLDER / "self_play.py"
@@ -30,10 +31,11 @@ LENGTHS = [5, 1, 3, 2, 4, 5, 2, 2, 1, 5, 3, 4]
 
 
 def fresh(path=SCRIPT, **constants):
-    """The script as a new module; groups of four, and the constants given."""
+    """The script as a new module; embedded, groups of four, and the constants given."""
     torch.set_num_threads(1)
     module = import_file(path, "self_play_under_test")
-    for name, value in ({"ROLLOUT_N": 4, "DTYPE": "float32", "DEVICE": "cpu"} | constants).items():
+    module.configure(["PROFILE=embedded", "DEVICE=cpu"])
+    for name, value in ({"ROLLOUT_N": 4} | constants).items():
         assert hasattr(module, name), name
         setattr(module, name, value)
     return module
@@ -141,13 +143,15 @@ def test_the_pairs_are_those_of_the_reward_file(play):
 
 def small_batch(module):
     """Twelve completions of three prompts, and their log-probs under a random policy."""
-    prompts = [torch.randint(23, (n,), generator=generator(n)).tolist() for n in (4, 2, 3)]
-    prompt_ids, prompt_mask = module.left_pad(prompts, 0, torch.device("cpu"))
+    prompts = [torch.randint(1, 23, (n,), generator=generator(n)).tolist() for n in (4, 2, 3)]
+    prompt_ids = torch.tensor([[0] * (4 - len(ids)) + ids for ids in prompts])
     ids = torch.randint(23, (12, 5), generator=generator(5))
     mask = torch.tensor([[float(t < n) for t in range(5)] for n in LENGTHS])
     index = torch.arange(3).repeat_interleave(4)
-    return module.Batch(prompt_ids, prompt_mask, index, ids, mask, torch.zeros(12, 5),
-                        torch.ones(12, dtype=torch.bool))
+    return module.Batch(
+        prompt_index=index, prompt_ids=prompt_ids[index], completion_ids=ids, completion_mask=mask,
+        prompt_mask=(prompt_ids[index] > 0).long(), sampled_logps=torch.zeros(12, 5),
+        ended=torch.ones(12, dtype=torch.bool))
 
 
 def test_groups_without_a_pair_are_left_out(play):
@@ -158,9 +162,20 @@ def test_groups_without_a_pair_are_left_out(play):
     assert kept.prompt_index.tolist() == [0] * 4 + [2] * 4
     assert torch.equal(kept.completion_ids, batch.completion_ids[[0, 1, 2, 3, 8, 9, 10, 11]])
     assert torch.equal(play.wins_in(kept, beats), beats[[0, 2]])
-    assert play.with_pairs(batch, torch.zeros_like(beats)) == (None, 0, 0)
-    only = batch.rows(torch.arange(4, 8))
-    assert play.with_pairs(only, beats) == (None, 0, 0)
+    assert play.with_pairs(batch, torch.zeros_like(beats))[1:] == (0, 0)
+    assert play.with_pairs(batch.rows(torch.arange(4, 8)), beats)[1:] == (0, 0)
+
+
+def test_processes_divide_by_what_all_of_them_have(play, monkeypatch):
+    """By the mean of their numbers, since their gradients are averaged; one without a pair runs a
+    group all the same, because all take the step."""
+    batch, beats = small_batch(play), play.preferences(torch.tensor(sum(SCORES, [])))
+    monkeypatch.setattr(play, "processes", 2)
+    monkeypatch.setattr(play, "everyone", lambda counts: [counts, [11, 2]])
+    _, pairs, winners = play.with_pairs(batch, beats)
+    assert (pairs, winners) == ((9 + 11) / 2, (4 + 2) / 2)
+    kept, pairs, winners = play.with_pairs(batch.rows(torch.arange(4, 8)), beats)
+    assert (pairs, winners) == (11 / 2, 2 / 2) and kept.prompt_index.tolist() == [1] * 4
 
 
 # ============================================= Loss =============================================
@@ -183,6 +198,13 @@ def test_losses_and_gradients_are_those_of_the_equations(play, form, beta):
         expected, = torch.autograd.grad(theirs, new, retain_graph=True)
         np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-9, atol=1e-13)
         assert not found[mask == 0].any() and not found[4:8].any() and found.norm() > 1e-3
+
+
+def share_in_order(play, values, beats):
+    """The share of the pairs whose chosen answer has the larger value, as the Meter has it."""
+    meter = play.Meter()
+    meter.add({"share": play.in_order(values)}, beats)
+    return meter.means()["share"]
 
 
 def trl_loss(kind, beta, new, old, mask, pairs):
@@ -227,7 +249,7 @@ def test_loss_and_gradient_are_those_of_trl(play, form, kind, reference):
     assert expected.norm() > 1e-3
     if kind == "sigmoid":  # its accuracy is of the gain over the reference
         gain = ((new - reference * old) * mask).sum(1)
-        assert play.in_order(gain, beats).item() == pytest.approx(logged["rewards/accuracies"])
+        assert share_in_order(play, gain, beats) == pytest.approx(logged["rewards/accuracies"])
         assert (new.detach() * mask).sum(1)[[i for i, _ in pairs]].mean().item() == \
             pytest.approx(logged["logps/chosen"])
 
@@ -309,9 +331,8 @@ def test_empty_answers(form):
     assert slope.isfinite().all() and not slope[0].any() and slope[1].all()
 
 
-def test_docstring_examples(play):
-    play.ROLLOUT_N = import_file(SCRIPT).ROLLOUT_N
-    result = doctest.testmod(play)
+def test_docstring_examples():
+    result = doctest.testmod(import_file(SCRIPT, "self_play_under_test"))
     assert result.failed == 0 and result.attempted >= 3
     assert doctest.testmod(import_file(FOLDER / "reward_func.py")).failed == 0
 
@@ -339,36 +360,35 @@ def train(play, patch, micro=4, minibatch=12, rounds=1, scores=SCORES, really=Fa
         batch.sampled_logps = (play.score_tokens(policy, batch)[0] + noise) * batch.completion_mask
     scores = [torch.tensor(sum(s, [])) for s in (scores if isinstance(scores[0][0], list)
                                                  else [scores] * rounds)]
-    watched = play.wins_in, play.preferences(scores[0])
     old = copy.copy(batch)
     old.ref_logps = play.score_without_grad(start, old)
     state = SimpleNamespace(batch=batch, policy=policy, start=start, steps=[], metrics=[],
-                            weights=[], old=old)
+                            weights=[])
     step_for_real = play.optimiser_step
 
-    def optimiser_step(run, which, meter, frozen=False):
-        found = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
-        state.steps.append(SimpleNamespace(gradient=vector(found) if found else None, loss=None,
-                                           frozen=frozen))
+    def optimiser_step(run, which, meter):
+        losses = [step.loss for step in state.steps[sum(state.made):]]  # of this round
+        state.steps.append(SimpleNamespace(
+            gradient=vector([p.grad.clone() for p in policy.parameters()]),
+            loss=meter.means()["loss"] * (len(losses) + 1) - sum(losses)))
         if really:
-            return step_for_real(run, which, meter, frozen=frozen)
-        state.steps[-1].loss = meter.end_minibatch(1.0)
-        policy.zero_grad()
-        return None
+            return step_for_real(run, which, meter)
+        return policy.zero_grad()
 
     def finish_step(run, metrics):
-        run.step += 1
+        state.made.append(len(state.steps) - sum(state.made))
         state.metrics.append(metrics)
         state.weights.append(copy.deepcopy(policy.state_dict()))
 
+    state.made = []  # optimiser steps of each round
     run = SimpleNamespace(step=0, total_steps=rounds, policy=policy, reference=start, state={},
                           trained={"policy": (policy, play.new_optimizer(policy, 0.02))},
-                          tokenizer=None, sampler=None, shuffler=generator(7), updates=0,
-                          folder="runs/none", watched=(old, watched[1]))
+                          tokenizer=None, num_tokens=0, folder="runs/none",
+                          watched=(old, play.preferences(scores[0])))
     patch.setattr(play, "next_questions", lambda run, count: [None] * count)
     patch.setattr(play, "sample_groups", lambda *arguments: copy.copy(batch))
     patch.setattr(play, "score_completions", lambda *arguments: (
-        scores[run.step], {"verifier": [0.0] * 12, "function": scores[run.step].tolist()}))
+        scores[run.step - 1], {"verifier": torch.zeros(12), "function": scores[run.step - 1]}))
     patch.setattr(play, "optimiser_step", optimiser_step)
     patch.setattr(play, "finish_step", finish_step)
     play.train(run)
@@ -387,7 +407,7 @@ def test_train_minimises_the_stated_loss(play, monkeypatch, form, ranking):
         pairs, lists = slow_losses(h)
         expected = pairs / 9 + (lists / 4 if ranking else 0.0)
         step, = state.steps
-        assert step.loss == pytest.approx(expected.item(), rel=1e-4) and not step.frozen
+        assert step.loss == pytest.approx(expected.item(), rel=1e-4)
         gradient = vector(torch.autograd.grad(expected, list(state.policy.parameters())))
         assert gradient.norm() > 1e-2
         assert (step.gradient - gradient).norm() < 1e-4 * gradient.norm()
@@ -405,9 +425,9 @@ def test_each_minibatch_divides_by_its_own_pairs(play, monkeypatch):
     means = []
     for group, found in enumerate(PAIRS):
         terms = [torch.log1p(torch.exp(h[4 * group + j] - h[4 * group + i])) for i, j in found]
-        means.append(torch.stack(terms).mean().item() if terms else 0.0)
+        means += [torch.stack(terms).mean().item()] if terms else []
     assert sorted(step.loss for step in state.steps) == pytest.approx(sorted(means), rel=1e-4)
-    assert [step.frozen for step in state.steps].count(True) == 1
+    assert state.metrics[0]["loss"] == pytest.approx(np.mean(means), rel=1e-4)
 
 
 def test_no_pair_no_step(play, monkeypatch):
@@ -420,7 +440,7 @@ def test_no_pair_no_step(play, monkeypatch):
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert any(not torch.equal(second[key], third[key]) for key in second)
     assert state.metrics[1]["useful_prompts"] == 0 and state.metrics[1]["pairs_per_prompt"] == 0
-    assert state.metrics[1].get("loss", 0.0) == 0.0 and state.metrics[1]["learning_rate"] == 0.0
+    assert state.made == [1, 0, 1] and not {"loss", "learning_rate"} & set(state.metrics[1])
 
 
 def test_passes_over_a_round(play, monkeypatch):
@@ -467,33 +487,44 @@ def test_metrics_by_hand(play, monkeypatch):
 
 
 def test_ties_count_half(play):
-    beats = play.preferences(torch.tensor(sum(SCORES, [])))
-    assert play.in_order(torch.zeros(12), beats).item() == 0.5
-    assert play.in_order(torch.tensor(sum(SCORES, [])), beats).item() == 1.0
-    assert play.in_order(-torch.tensor(sum(SCORES, [])), beats).item() == 0.0
-    assert math.isnan(play.in_order(torch.zeros(12), torch.zeros_like(beats)).item())
+    beats, scores = play.preferences(torch.tensor(sum(SCORES, []))), torch.tensor(sum(SCORES, []))
+    assert share_in_order(play, torch.zeros(12), beats) == 0.5
+    assert share_in_order(play, scores, beats) == 1.0
+    assert share_in_order(play, -scores, beats) == 0.0
+    assert math.isnan(share_in_order(play, scores, torch.zeros_like(beats)))
 
 
 def test_sampling_in_parts(play, monkeypatch):
     """Every prompt once and in order, SAMPLE_AT_ONCE at a time; the parts become one batch."""
     asked = []
 
-    def sample_groups(policy, tokenizer, rows, count, sampler):
+    def sample_groups(policy, tokenizer, rows, count):
         asked.append(rows)
-        wide = 2 + len(asked)
+        long, wide = max(rows) - 3, 2 + len(asked)
         index = torch.arange(len(rows)).repeat_interleave(count)
-        ids = torch.tensor(rows).repeat_interleave(count)[:, None].expand(-1, wide)
-        return play.Batch(torch.tensor(rows)[:, None], torch.ones(len(rows), 1).long(), index,
-                          ids, torch.ones(ids.shape), torch.zeros(ids.shape),
-                          torch.ones(len(index), dtype=torch.bool))
+        number = torch.tensor(rows)[index]
+        real = torch.arange(long) >= long - (number[:, None] - 3)  # of a prompt n: n - 3 tokens
+        ids = number[:, None].expand(-1, wide)
+        return play.Batch(
+            prompt_index=index, prompt_ids=number[:, None] * real, prompt_mask=real.long(),
+            completion_ids=ids, completion_mask=torch.ones(ids.shape), sampled_logps=-ids.float(),
+            ended=number > 6)
 
     monkeypatch.setattr(play, "sample_groups", sample_groups)
     for play.SAMPLE_AT_ONCE, expected in ((2, [[5, 6], [7, 8], [9]]), (9, [[5, 6, 7, 8, 9]])):
         asked.clear()
-        batch = play.sample_in_parts(None, None, [5, 6, 7, 8, 9], None)
+        batch = play.sample_in_parts(None, None, [5, 6, 7, 8, 9])
         assert asked == expected
-        assert batch.prompt_ids[batch.prompt_index][:, 0].tolist() == \
-            batch.completion_ids[:, 0].tolist() == [n for n in (5, 6, 7, 8, 9) for _ in range(4)]
+        numbers = [n for n in (5, 6, 7, 8, 9) for _ in range(4)]
+        assert batch.prompt_index.tolist() == [n - 5 for n in numbers]
+        assert batch.completion_ids[:, 0].tolist() == numbers == batch.prompt_ids[:, -1].tolist()
+        assert batch.prompt_mask.sum(1).tolist() == [n - 3 for n in numbers]
+        assert torch.equal(batch.prompt_mask, (batch.prompt_ids > 0).long())
+        lengths = [3 + (n - 5) // 2 if len(expected) > 1 else 3 for n in numbers]
+        assert batch.completion_mask.sum(1).tolist() == lengths
+        assert batch.completion_mask[:, 0].all()
+        assert batch.ended.tolist() == [n > 6 for n in numbers]
+        assert torch.equal(batch.sampled_logps, -batch.completion_ids.float())
 
 
 # ===================================== Data, rewards, resuming ===================================
@@ -550,21 +581,22 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 
 
 def test_the_example_is_read_as_parquet_and_jsonl(tmp_path):
-    module = fresh()
+    module, tokenizer = fresh(), AutoTokenizer.from_pretrained(ROOT / "data" / "policy")
     table = pd.read_json(FOLDER / "example_data.json", dtype=False)
     table.to_parquet(tmp_path / "a.parquet")
     table.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
-    wanted = module.load_rows([JSON_DATA], "train_datasets")
-    assert wanted[0].keys() == {"question", "answer", "data_source"}
+    module.train_datasets = [JSON_DATA]
+    wanted = module.load_rows("train_datasets", tokenizer)
+    assert wanted[0].keys() == {"question", "answer", "data_source", "prompt_ids"}
     for kind in ("parquet", "jsonl"):
-        entry = JSON_DATA | {"path": str(tmp_path / f"a.{kind}")}
-        assert module.load_rows([entry], "train_datasets") == wanted
+        module.train_datasets = [JSON_DATA | {"path": str(tmp_path / f"a.{kind}")}]
+        assert module.load_rows("train_datasets", tokenizer) == wanted
 
 
 @pytest.mark.parametrize("entry, says", [
-    ({"data_source": "origin"}, ["no column 'origin'"]),
-    ({"input": "question"}, ["no column 'question'", "prompt"]),
-    ({"data_source": 3}, ["dict of strings"])])
+    ({"data_source": "origin"}, ["no column origin"]),
+    ({"input": "question"}, ["no column question", "prompt"]),
+    ({"data_source": 3}, ["type(text) is str"])])
 def test_columns_that_are_not_there(tmp_path, entry, says):
     with pytest.raises(SystemExit) as stop:
         run_here(tmp_path / "run", f"train_datasets={[JSON_DATA | entry]!r}")
@@ -573,13 +605,12 @@ def test_columns_that_are_not_there(tmp_path, entry, says):
 
 
 @pytest.mark.parametrize("body, says", [
-    ("raise KeyError('no such thing')", ["raised KeyError", "no such thing"]),
-    ("return None", ["returned None", "finite number"]),
-    ("return float('nan')", ["returned nan"]), ("return 'good'", ["'good'"]),
-    ("return [0.5]", ["finite number"]),
-    ("return {'score': 1.0}", ["finite number"])])
+    ("raise KeyError('no such thing')", ["KeyError", "no such thing"]),
+    ("return None", ["NoneType", "finite number"]),
+    ("return float('nan')", ["it returned 1: [nan]"]), ("return 'good'", ["'good'"]),
+    ("return [0.5]", ["list", "finite number"])])
 def test_reward_functions_that_fail(tmp_path, body, says):
-    """Tried on a reference answer before models load; one line, and nothing is written."""
+    """Tried on a reference answer before the policy loads; one line, and nothing is written."""
     path = tmp_path / "bad.py"
     path.write_text(f"def compute_score(data_source, solution_str, ground_truth, extra_info=None):"
                     f"\n    {body}\n")
@@ -591,8 +622,8 @@ def test_reward_functions_that_fail(tmp_path, body, says):
 
 
 @pytest.mark.parametrize("text, says", [
-    ("def score():\n    pass\n", ["no function 'compute_score'", "file.py:name"]),
-    ("def compute_score(text):\n    return 1.0\n", ["raised TypeError"]),
+    ("def score():\n    pass\n", ["'compute_score'", "file.py:name"]),
+    ("def compute_score(text):\n    return 1.0\n", ["TypeError"]),
     ("import no_such_package\n", ["ModuleNotFoundError"]), ("def compute_score(:\n", ["Syntax"])])
 def test_reward_files_that_fail(tmp_path, text, says):
     (tmp_path / "bad.py").write_text(text)
@@ -601,36 +632,67 @@ def test_reward_files_that_fail(tmp_path, text, says):
     assert all(words in stop.value.code for words in says) and "\n" not in stop.value.code
 
 
-def test_a_resumed_run_has_the_reward_function_that_it_had(tmp_path):
-    """It goes on with the checkpoint's copy, whatever became of the file; then with the copy of
-    that; the command line wins."""
+def test_the_reward_function_of_a_run(tmp_path, monkeypatch):
+    """A run's folder keeps a copy for the record; a resumed run asks the file again, from wherever
+    it is started, and so does the checkpoint's copy of the script; the command line wins."""
     path, body = tmp_path / "mine.py", "def compute_score(*given):\n    return {} * len(given[1])\n"
     path.write_text(body.format(0.01))
-    whole = run_here(tmp_path / "whole", f"REWARD_FUNC={path}", "SELF_PLAY_ROUNDS=3",
+    whole = run_here(tmp_path / "whole", f"REWARD_FUNC={path}", "SELF_PLAY_ROUNDS=2",
                      "SAVE_EVERY=1")
-    path.write_text(body.format(0.5))
-    second = run_here(tmp_path / "second", f"RESUME_FROM={whole / 'step_1'}", "SELF_PLAY_ROUNDS=2")
-    path.unlink()
-    third = run_here(tmp_path / "third", f"RESUME_FROM={second / 'step_2'}", "SELF_PLAY_ROUNDS=3")
+    assert (whole / "mine.py").read_text() == body.format(0.01)
+    monkeypatch.chdir(tmp_path)
+    rest = run_here(tmp_path / "rest", f"RESUME_FROM={whole / 'step_1'}", "SELF_PLAY_ROUNDS=2")
     expected = [row["reward_mean"] for row in rows_of(whole)]
-    assert [row["reward_mean"] for row in rows_of(third)] == expected and expected[3]
-    one, other = (load_file(f / "step_3" / "model.safetensors") for f in (whole, third))
+    assert [row["reward_mean"] for row in rows_of(rest)] == expected and expected[2]
+    one, other = (load_file(f / "step_2" / "model.safetensors") for f in (whole, rest))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
-    assert (third / "step_3" / "reward_function.py").read_text() == body.format(0.01)
-    path.write_text(body.format(0.5))
-    given = run_here(tmp_path / "given", f"RESUME_FROM={whole / 'step_1'}", f"REWARD_FUNC={path}",
-                     "SELF_PLAY_ROUNDS=2")
+    assert (rest / "mine.py").read_text() == body.format(0.01)
+    (tmp_path / "other.py").write_text(body.format(0.5))
+    given = run_here(tmp_path / "given", f"RESUME_FROM={whole / 'step_1'}",
+                     f"REWARD_FUNC={tmp_path / 'other.py'}", "SELF_PLAY_ROUNDS=2")
     assert float(rows_of(given)[2]["reward_mean"]) == pytest.approx(50 * float(expected[2]))
+
+
+def test_the_shipped_reward_function_is_found_by_a_copy_of_the_script(tmp_path, monkeypatch):
+    """A checkpoint keeps one; it is run from the project's folder, or lies inside of it."""
+    row = {"question": "?", "answer": "#### 85"}
+    for inside in (False, True):
+        folder = tmp_path / ("runs" if inside else "elsewhere")
+        folder.mkdir()
+        (folder / "train_script.py").write_bytes(SCRIPT.read_bytes())
+        if inside:
+            (tmp_path / "data").symlink_to(ROOT / "data")
+            (tmp_path / "RL_HAND").symlink_to(ROOT / "RL_HAND")
+        monkeypatch.chdir(folder if inside else ROOT)
+        module = import_file(folder / "train_script.py", "copy_of_self_play")
+        module.configure(["PROFILE=embedded", "DEVICE=cpu"])
+        score = module.load_scorers([row])["function"]
+        assert score(["?"] * 2, ["Answer: 85", "Answer: 86"], ["#### 85"] * 2) == [1.0, 0.5]
 
 
 def test_no_second_network_without_watching(tmp_path):
     """WATCH_QUESTIONS=0: neither KL nor watched pairs, and the same training to the last bit."""
     with_watch, without = (run_here(tmp_path / str(n), f"WATCH_QUESTIONS={n}") for n in (2, 0))
     one, other = (rows_of(folder)[1] for folder in (with_watch, without))
-    assert one["loss"] == other["loss"] and one["kl_divergence"] and not other["kl_divergence"]
-    assert not any(text for name, text in other.items() if name.startswith("watched/"))
+    assert one["loss"] == other["loss"] and one["kl_divergence"] and "kl_divergence" not in other
+    assert not any(name.startswith("watched/") for name in other)
     one, other = (load_file(f / "step_1" / "model.safetensors") for f in (with_watch, without))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_watching_with_an_adapter(tmp_path):
+    """The start is the policy without its adapter: the same watched answers, also when resumed."""
+    whole = run_here(tmp_path / "whole", "LORA_RANK=2", "SELF_PLAY_ROUNDS=2", "SAVE_EVERY=1")
+    plain, rows = rows_of(run_here(tmp_path / "plain"))[1], rows_of(whole)
+    assert float(rows[1]["kl_divergence"]) == pytest.approx(0, abs=1e-4)
+    assert float(rows[2]["kl_divergence"]) != 0
+    for name in ("chosen_logp", "rejected_logp", "preference_accuracy"):
+        name = f"watched/{name}"
+        assert float(rows[1][name]) == pytest.approx(float(plain[name]), rel=1e-3)
+    rest = rows_of(run_here(tmp_path / "rest", f"RESUME_FROM={whole / 'step_1'}",
+                            "SELF_PLAY_ROUNDS=2"))[2]
+    for name, text in rows[2].items():
+        assert rest[name] == text or "time" in name, name
 
 
 def test_rounds_end_the_run_whatever_the_number_of_questions(tmp_path):
@@ -723,11 +785,21 @@ MUTATIONS = {  # name: (text, what takes its place, the test, its parameters)
         "return beats[:len(batch.prompt_index) // ROLLOUT_N]",
         test_each_minibatch_divides_by_its_own_pairs, {}),
     "without a pair AdamW's momentum still moves the weights": (
-        "frozen=not pairs", "frozen=False", test_no_pair_no_step, {}),
+        "                continue  ", "                pairs = winners = 1.0  ",
+        test_no_pair_no_step, {}),
+    "a process counts its own pairs only": (
+        "counts = everyone([int(wins.sum()), int(wins.any(2).sum())])",
+        "counts = [[int(wins.sum()), int(wins.any(2).sum())]]",
+        test_processes_divide_by_what_all_of_them_have, {}),
+    "a process without a pair runs nothing": (
+        "    useful[0] |= ~useful.any()", "    useful[0] |= False",
+        test_processes_divide_by_what_all_of_them_have, {}),
     "ties count as lost": (
-        "+ 0.5 * (gaps == 0)", "+ 0.0 * (gaps == 0)", test_ties_count_half, {}),
+        ").sign() + 1) / 2", ") > 0) * 1.0", test_ties_count_half, {}),
+    "the prompts of a part are those of the first": (
+        "part.prompt_index += at", "part.prompt_index += 0", test_sampling_in_parts, {}),
     "KL to the round's start": (
-        "gather((batch.ref_logps * mask)", "gather((batch.old_logps * mask)",
+        "at_start = (batch.ref_logps *", "at_start = (batch.old_logps *",
         test_metrics_by_hand, {}),
 }
 
