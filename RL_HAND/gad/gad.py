@@ -434,7 +434,7 @@ def discriminator_step(run, meter, rows, batch):
                    "student_score": ours, "teacher_score": theirs.expand_as(gap)}, pairs[some])
     meter.add({"matches_teacher": matches}, answered.expand_as(matches))
 
-    gradients = [p.grad for p in discriminator.parameters() if p.grad is not None]
+    gradients = [p.grad for p in discriminator.parameters() if p.grad is not None]  # own pairs'
     meter.add({"d_grad_norm": torch.nn.utils.get_total_norm(gradients)})
     due = stage_of(run.step) < 3 or DISCRIMINATOR_EVERY and run.step % DISCRIMINATOR_EVERY == 0
     if due and count:
@@ -567,8 +567,7 @@ ALGORITHM_PANELS = {"Discriminator, pairs with different texts": "d_acc d_loss",
                     "Discriminator": "d_grad_norm d_spread",
                     "Shares of answers, of groups": "matches_teacher frac_no_signal",
                     "SeqKD loss, nats per token": "seqkd_loss",
-                    "KL to the student after SeqKD, per token": "kl",
-                    "Stage": "stage"}
+                    "KL to the student after SeqKD, per token": "kl"}
 ALGORITHM_SHOWN = ("SEQKD_STEPS CRITIC_WARMUP GAD_EPOCHS DISCRIMINATOR SCORE_AT CLIP_RANGE "
                    "NORM_ADV_BY_STD KL_COEF")
 

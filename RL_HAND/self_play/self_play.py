@@ -181,7 +181,7 @@ def train(run):
         for minibatch in minibatches(batch, TOTAL_EPOCHS):                # an optimiser step each
             minibatch, pairs, winners = with_pairs(minibatch, beats)
             if not pairs:
-                continue                                                  # AdamW's momentum waits
+                continue                                    # momentum alone would move the weights
             total = 0.0
             for index in micro_batches(minibatch):                        # parts, for memory
                 micro = minibatch.rows(index)
