@@ -3,10 +3,10 @@
     python tools/sync.py           # copy the shared parts to the other scripts
     python tools/sync.py --check   # say what differs and exit with status 1
 
-Shared are: the imports and the constants outside the Algorithm group; every top-level function or
-class of the lesson whose name stands in several scripts, unless OWN names it with the reason; and
-everything below the line SAME. A script whose source has names of its own for shared constants
-keeps them (RENAMED, in compare.py), and the values in OWN_VALUES.
+Shared are: requirements, imports, the constants outside the Algorithm group; every top-level
+function or class of the lesson whose name stands in several scripts, unless OWN names it with the
+reason; and everything below the line SAME. A script whose source has names of its own for shared
+constants keeps them (RENAMED, in compare.py), and the values in OWN_VALUES.
 """
 
 import ast
@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ORIGINAL = ROOT / "RL_HAND" / "gspo" / "gspo.py"
 LINE = "# ==================== The algorithm ends here"
 SAME = "# ==================== From here on the scripts are the same"
-SHARED = [("imports, first constants", "\nimport ast\n", "\n# --- Algorithm"),
+SHARED = [("requirements", "# /// script", '\n"""'),
+          ("imports, first constants", "\nimport ast\n", "\n# --- Algorithm"),
           ("constants after Algorithm", "\n# --- Evaluation", "\n# ====="),
           ("the part below the line", SAME, "")]  # what, where it begins, where it ends
 OWN = {  # name -> why it differs between scripts

@@ -264,7 +264,7 @@ def values_without_grad(critic, batch):
 
 
 def value_loss(values, old_values, returns):
-    """The clipped value loss of every token, and where it is clipped, without gradient. (b, T) each.
+    """The clipped value loss of every token, and where the clip cuts it: no gradient. (b, T) each.
 
     The larger of two squared errors, halved: of the value, and of the value kept within VALUE_CLIP
     of the old one: the policy's clip, for the critic.
