@@ -16,9 +16,11 @@ comparison.png, comparison.md, comparison.csv. Its own options, beside the scrip
     TARGET=0.8         the held-out accuracy to which steps, tokens and seconds are counted
 """
 
+import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -97,6 +99,20 @@ def steps_done(folder):
         return 0
 
 
+def log_of(folder):
+    """Where what a run printed is kept."""
+    return folder.with_name(f"{folder.name}.log")
+
+
+def steps_planned(folder):
+    """How many steps a run is to make, as its start-up block says; 0 if it has not got there."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^  steps .* of (\d+) done", log_of(folder).read_text(
+                encoding="utf-8", errors="replace"), re.MULTILINE):
+            return int(found[1])
+    return 0
+
+
 def is_complete(folder, wanted):
     """Whether the folder holds the finished run of the given command-line constants."""
     facts = constants_of(folder)
@@ -145,7 +161,7 @@ def run_all(options, jobs):
             while waiting and len(running) < workers:
                 name, folder, arguments = waiting.pop(0)
                 shutil.rmtree(folder, ignore_errors=True)
-                log = folder.with_name(f"{folder.name}.log")
+                log = log_of(folder)
                 log.parent.mkdir(parents=True, exist_ok=True)
                 command = [sys.executable, str(HERE / name / f"{name}.py"), *arguments]
                 with log.open("w") as output:
@@ -164,7 +180,7 @@ def run_all(options, jobs):
                         failures.append(f"{folder.name} failed (status {process.returncode}): " +
                                         last.split("\n")[-1])
                         bar.write(failures[-1])
-            known = [facts["steps"] for facts in map(constants_of, folders) if facts]
+            known = [total for total in map(steps_planned, folders) if total]
             bar.total = round(len(folders) * np.mean(known)) if known else None
             bar.n = sum(steps.values())
             bar.refresh()
@@ -245,7 +261,8 @@ def summarise(table, target):
             "tokens": over(run["num_tokens"].iloc[-1] for run in runs),
             "seconds": over(run["seconds"].iloc[-1] for run in runs),
             "s per step: rollout / reward / log-probs / update": phases,
-            "peak memory, GB": over(run["peak_memory"].max() for run in trained),
+            "peak memory, GB": over(run["peak_memory"].max() for run in trained
+                                    if "peak_memory" in run),  # it is a GPU's
         })
     return pd.DataFrame(rows)
 
