@@ -12,10 +12,11 @@ QWEN3 = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28
 QWEN3_VOCABULARY = 151_936
 
 
-def import_file(path):
-    """A file of the project as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+def import_file(path, name=None):
+    """A file as a module, by the file's name unless another is given."""
+    name = name or path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -23,3 +24,9 @@ def import_file(path):
 def import_gspo():
     """gspo.py as a module."""
     return import_file(ROOT / "RL_HAND" / "gspo" / "gspo.py")
+
+
+def end_ids(policy, tokenizer):
+    """The ids that end a completion, sorted: the model's own and the tokenizer's."""
+    ends = policy.generation_config.eos_token_id
+    return sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})

@@ -17,7 +17,7 @@ import tempfile
 import time
 
 import torch
-from common import ROOT, import_gspo
+from common import ROOT, end_ids, import_gspo
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -39,9 +39,9 @@ def our_run(gspo, folder):
     times = []
 
     def record(run, metrics):
-        run.step += 1
-        times.append({k: v for k, v in metrics.items() if k.startswith("time/") or k in (
-            "step_time", "completions/mean_length")})
+        seconds = {k: v for k, v in metrics.items() if k.startswith("time/")}
+        times.append(seconds | {"step_time": sum(seconds.values()),
+                                "completions/mean_length": metrics["completions/mean_length"]})
 
     gspo.finish_step = record
 
@@ -103,12 +103,12 @@ def trl_run(gspo, run, folder):
 def rollout_speeds(gspo, run, rounds):
     """Completion tokens per second of sample_groups and of model.generate, alternated; medians."""
     rows = run.train_rows[:PROMPTS]
-    prompts = [row["prompt_ids"] for row in rows]
-    ids, mask = gspo.left_pad(prompts, run.tokenizer.pad_token_id, "cpu")
+    ids, mask = gspo.pad_prompts(rows, run.tokenizer, "cpu")
+    ends = torch.tensor(end_ids(run.policy, run.tokenizer))
     speeds = {"ours": [], "generate": []}
     for _ in range(rounds + 1):
         began = time.perf_counter()
-        batch = gspo.sample_groups(run.policy, run.tokenizer, rows, GROUP, run.sampler)
+        batch = gspo.sample_groups(run.policy, run.tokenizer, rows, GROUP)
         speeds["ours"].append(float(batch.completion_mask.sum()) / (time.perf_counter() - began))
         began = time.perf_counter()
         with torch.no_grad():
@@ -116,8 +116,8 @@ def rollout_speeds(gspo, run, rounds):
                 input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
                 top_p=1.0, max_new_tokens=TOKENS, num_return_sequences=GROUP)[:, ids.shape[1]:]
         seconds = time.perf_counter() - began
-        ends = torch.isin(out, torch.tensor(gspo.end_ids(run.policy, run.tokenizer)))
-        real = (ends.cumsum(1) - ends.long() == 0).sum()  # up to the first end token, included
+        ended = torch.isin(out, ends)
+        real = (ended.cumsum(1) - ended.long() == 0).sum()  # up to the first end token, included
         speeds["generate"].append(float(real) / seconds)
     return {name: statistics.median(values[1:]) for name, values in speeds.items()}
 
