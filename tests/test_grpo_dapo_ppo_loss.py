@@ -991,7 +991,7 @@ def plain_values(critic, prompts, batch):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 0.05)])
-def test_values_and_gradients_are_those_of_plain_forward_passes(ppo, dtype, tolerance):
+def test_values_are_those_of_plain_forward_passes(ppo, dtype, tolerance):
     """V before each token is the head of the state that the token is drawn from, whatever a
     completion is batched with; 0 in padding. The gradients of all of its weights are right as well;
     in bfloat16 as near as its rounding allows."""
@@ -1088,7 +1088,7 @@ def test_value_loss_is_that_of_the_equation(ppo):
         assert cut.sum() == clipped and (clipped > 5) == (ppo.VALUE_CLIP > 0)
 
 
-def test_what_is_measured_of_the_critic(ppo):
+def test_explained_variance_by_hand(ppo):
     """Returns 1, 2, 3 foretold as 1, 2, 2: the errors 0, 0, 1 have the variance 2/9, the returns
     2/3. A critic that is right explains all, a constant one nothing, a worse one less than that."""
     mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
