@@ -611,9 +611,9 @@ def sample_groups(model, tokenizer, rows, group_size, temperature=None):
     Each prompt is run once, its keys and values are copied for its group, and all completions are
     decoded together; one that has ended is run no longer. Of the model's generation_config only the
     end ids are used (Qwen3's also says top_k 20): what is sampled is softmax(logits / temperature),
-    which is what is trained. `temperature`: TEMPERATURE unless given; 0 is greedy. All random
-    numbers are drawn first, one for each completion and token: what a completion becomes does not
-    depend on those beside it, nor on the number of processes.
+    which is what is trained. `temperature`: TEMPERATURE unless given; 0 is greedy. All
+    random numbers are drawn first, one for each completion and token: what a completion becomes
+    does not depend on those beside it, nor on the number of processes.
     """
     temperature = TEMPERATURE if temperature is None else temperature
     prompt_ids, prompt_mask = pad_prompts(rows, tokenizer, model.device)               # (P, L)
@@ -858,7 +858,7 @@ class Meter:
     def add(self, values, weights=None):
         """Add tensors or numbers to the means of their names; all count alike without weights."""
         for name, value in values.items():
-            value = torch.as_tensor(value).detach().double()
+            value = torch.as_tensor(value, dtype=torch.float64).detach()
             weight = torch.ones_like(value) if weights is None else weights
             self.pairs[name].append(torch.stack([(value * weight).sum(), weight.sum()]))
 
@@ -1146,8 +1146,7 @@ def load_checkpoint(run, folder):
         if LORA_RANK:
             from peft import set_peft_model_state_dict
             set_peft_model_state_dict(run.policy, load_file(folder / "adapter_model.safetensors"))
-        history = pd.read_csv(folder / "metrics.csv", float_precision="round_trip")
-        run.history = history.to_dict("records")
+        run.history = pd.read_csv(folder / "metrics.csv").to_dict("records")
 
 
 def plot_metrics(run):
@@ -1347,7 +1346,8 @@ def start(arguments):
     if len(train_rows) < BATCH_SIZE or len(eval_rows) < processes:
         fail(f"train_datasets, eval_datasets: {len(train_rows)}, {len(eval_rows)} questions by "
              f"MAX_PROMPT_TOKENS={MAX_PROMPT_TOKENS}; expected {BATCH_SIZE=}, {processes}")
-    total_steps = min(NUM_EPOCHS * (len(train_rows) // BATCH_SIZE), MAX_STEPS or math.inf)
+    epoch = len(train_rows) // BATCH_SIZE  # steps in it
+    total_steps = min(NUM_EPOCHS * epoch, MAX_STEPS or math.inf)
     if counters["step"] >= total_steps:
         fail(f"RESUME_FROM={RESUME_FROM} is at step {counters['step']} of {total_steps}; expected "
              "steps to do: raise NUM_EPOCHS or MAX_STEPS")
@@ -1357,9 +1357,8 @@ def start(arguments):
         policy=policy, tokenizer=tokenizer, scorers=scorers, train_rows=train_rows,
         trained={"policy": (policy, new_optimizer(policy, LEARNING_RATE))},  # saved; and a critic
         reference=None,  # the policy as it started, if the algorithm needs a copy of it
-        eval_rows=eval_rows, steps_per_epoch=len(train_rows) // BATCH_SIZE, total_steps=total_steps,
-        history=[], samples="", stopping=0.0, **counters | {"state": {}},
-        source=Path(__file__).read_bytes())  # as it is now: checkpoints keep it
+        eval_rows=eval_rows, steps_per_epoch=epoch, total_steps=total_steps, history=[], samples="",
+        stopping=0.0, **counters | {"state": {}}, source=Path(__file__).read_bytes())  # as of now
     prepare(run)
     if RESUME_FROM:
         load_checkpoint(run, find_path(RESUME_FROM))
@@ -1390,8 +1389,8 @@ def describe(run, arguments):
   reward    {" + ".join(f"{weight} {name}" for name, weight in REWARD_WEIGHTS.items() if weight)}
   check     {check_reward_model(run) if "model" in run.scorers else "there is no reward model"}
   data      {len(run.train_rows)} questions, {len(run.eval_rows)} held out; {silent} lack a number
-  rollout   {BATCH_SIZE} prompts x {GROUP_SIZE} = {BATCH_SIZE * GROUP_SIZE} completions of at most \
-{MAX_NEW_TOKENS} tokens{": few for a GPU, raise BATCH_SIZE and MINIBATCH" * few}
+  rollout   {BATCH_SIZE} prompts x {GROUP_SIZE} = {BATCH_SIZE * GROUP_SIZE} completions \
+of at most {MAX_NEW_TOKENS} tokens{": few for a GPU, raise BATCH_SIZE and MINIBATCH" * few}
   update    minibatch {MINIBATCH}, micro-batch {MICRO_BATCH}, learning rate {LEARNING_RATE:g}
   algorithm {", ".join(f"{name}={globals()[name]}" for name in ALGORITHM_SHOWN.split())}
   steps     {run.step} of {run.total_steps} done, {run.steps_per_epoch} an epoch
