@@ -294,9 +294,9 @@ def policy_loss(logps, old_logps, advantages, mask):
 
     The ratio is a mean over many tokens, whose ups and downs cancel: it is off 1 by thousandths
     where a token's is by tenths. In the first update all are 1; after it, as long as there is much
-    to learn, most are outside CLIP_RANGE. A clipped answer has *no* policy gradient: min() takes the
-    constant branch. (One truncated at MAX_NEW_TOKENS counts as any other.) Near 1 bfloat16 has steps
-    of 0.008: hence float32.
+    to learn, most are outside CLIP_RANGE. A clipped answer has *no* policy gradient: min() takes
+    the constant branch. (One truncated at MAX_NEW_TOKENS counts as any other.) Near 1 bfloat16 has
+    steps of 0.008: hence float32.
 
     With USE_TOKEN_LEVEL_LOSS the ratio is GSPO-token's sg[s_i] pi / sg[pi] (Eq. 14): the same value
     and, where an answer has a single advantage, the same gradient; made for answers with several.
