@@ -533,13 +533,14 @@ def test_entropy_is_that_of_the_distribution(embedded, temperature, logits_at_on
 # ============================== How `train` puts the loss together ==============================
 
 
-def train_on_numbers(gspo, monkeypatch, coefficient=0.3, passes=2, nudge=(0, {})):
+def train_on_numbers(gspo, monkeypatch, coefficient=0.3, passes=2, nudge=(0, {}), resumed=None):
     """`train` for one rollout of two groups of four, with the models replaced by tables of numbers.
 
     Minibatches of 4 completions of unequal length, in micro-batches of 2. After each optimiser step
     the log-probs move by a fixed amount. `nudge`: rows, and what is added to their numbers in some
-    tables. A coefficient of 0: there is no reference. Returns what went in and came out: for each
-    step its rows, the log-probs and the gradients by log-probs and entropies, and the metrics.
+    tables. A coefficient of 0: there is no reference; `resumed`: where a checkpoint had left it.
+    Returns what went in and came out: for each step its rows, the log-probs and the gradients by
+    log-probs and entropies, and the metrics.
     """
     gspo.GROUP_SIZE, gspo.BATCH_SIZE, gspo.MINIBATCH, gspo.MICRO_BATCH = 4, 2, 4, 3
     gspo.GSPO_EPOCHS, gspo.ENTROPY_COEF, gspo.KL_COEF = passes, 0.07, coefficient
@@ -597,7 +598,7 @@ def train_on_numbers(gspo, monkeypatch, coefficient=0.3, passes=2, nudge=(0, {})
     monkeypatch.setattr(gspo, "optimiser_step", optimiser_step)
     monkeypatch.setattr(gspo, "finish_step", finish_step)
     gspo.train(SimpleNamespace(step=0, total_steps=1, policy=None, tokenizer=None, num_tokens=0,
-                               state={"kl_coef": coefficient}))
+                               state={"kl_coef": coefficient if resumed is None else resumed}))
     return state
 
 
@@ -694,6 +695,12 @@ def test_the_kl_coefficient_moves_after_the_step(gspo, monkeypatch):
         assert state.metrics["kl_coef"] == coefficient
         assert state.next_coefficient == pytest.approx(coefficient * factor)
         assert (state.metrics.get("kl", 0.0) > 1) == bool(coefficient)
+    for gspo.ADAPTIVE_KL, expected in ((True, 0.9), (False, 0.3)):  # not adaptive: KL_COEF counts
+        state = train_on_numbers(gspo, monkeypatch, 0.3, resumed=0.9)
+        assert state.metrics["kl_coef"] == expected
+        for step in state.steps:
+            np.testing.assert_allclose(step.by_logps, slow_total(gspo, state, step,
+                                                                 expected).by_logps, atol=1e-12)
 
 
 def test_signs_of_the_three_terms(gspo, monkeypatch):

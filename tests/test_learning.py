@@ -1,15 +1,16 @@
 """The embedded default learns: the whole of it, on held-out questions, and not by itself.
 
 Measured on the shipped data: gain of 15 steps on 256 held-out questions, rewarded as by default
-(seeds 0 to 2) and with rewards of the same kind, shuffled (seeds 0 to 7):
+and with rewards of the same kind, shuffled, for the seeds 0 to 6:
 
-    sampled   +0.37 +0.41 +0.40    shuffled  +0.03 -0.01 -0.03 -0.04 -0.02 +0.07 +0.01  0.00
-    greedy    +0.45 +0.45 +0.45    shuffled  +0.18 +0.02 +0.07 +0.05 +0.01 +0.10 +0.03  0.00
+    sampled   +0.36 +0.41 +0.41 +0.37 +0.44 +0.39 +0.36
+    shuffled  -0.02 -0.06 -0.02 -0.01 -0.04 +0.01 -0.02
+    greedy    +0.45 +0.45 +0.43 +0.43 +0.46 +0.44 +0.44
+    shuffled   0.00 -0.05  0.00 +0.04  0.00 +0.06 +0.07
 
-Each bar stands between the two. It did so, too, for seeds that were not yet run when it was set:
-3 to 5 (+0.38 sampled, +0.44 greedy, or more) and shuffled 8 to 11 (+0.01, +0.04 at most). That of
-the greedy accuracy is higher, because it moves more by itself: a small drift of the policy turns
-many answers at once, and half of the gain, 0.22, would be too near to what shuffled rewards reach.
+Each bar stands between the two; other random numbers for the same seeds once took the shuffled ones
+to +0.07 sampled and +0.18 greedy (the most of twelve). That of the greedy accuracy is higher,
+because it moves more by itself: a small drift of the policy turns many answers at once.
 """
 
 import pandas as pd
@@ -57,7 +58,7 @@ def test_the_default_learns(tmp_path):
     sampled, greedy, reward, table = gains(tmp_path / "run")
     assert sampled >= SAMPLED and greedy >= GREEDY, f"sampled {sampled:+.3f}, greedy {greedy:+.3f}"
     assert reward >= SAMPLED
-    # The answers to the training questions say the same: +0.26 or more, shuffled at most +0.04.
+    # The answers to the training questions say the same: +0.19 or more, shuffled at most +0.03.
     assert late_minus_early(table) > 0.12
     assert table.entropy[11:].mean() > 0.02, "it collapsed"
 
@@ -72,4 +73,4 @@ def test_shuffled_rewards_teach_nothing(tmp_path):
     assert late_minus_early(table) < 0.12
     # It did try: there were rewards, advantages, and updates.
     assert table["rewards/function"][1:].mean() > 0.1
-    assert table["advantage/std"][1:].min() > 0.1 and table["grad_norm"][1:].min() > 0
+    assert table["advantage/size"][1:].min() > 0.1 and table["grad_norm"][1:].min() > 0
