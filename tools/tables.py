@@ -32,7 +32,8 @@ def constants(source):
         groups = re.findall(r"^# --- (\w+)$", "\n".join(lines[:node.lineno]), re.M)
         if isinstance(node, ast.Assign) and groups and node.targets[0].id != "DEFAULTS":
             either = isinstance(node.value, ast.Call) and node.value.func.id == "Either"
-            values = [ast.get_source_segment(source, value) if value.lineno == value.end_lineno
+            values = [lines[value.lineno - 1][value.col_offset:value.end_col_offset]
+                      if value.lineno == value.end_lineno
                       else ast.unparse(value)  # on one line, without the comments inside
                       for value in (node.value.args if either else [node.value])]
             cells = [f"`{text}`" for text in (node.targets[0].id, *values)] + [""] * (not either)

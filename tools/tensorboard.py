@@ -1,6 +1,6 @@
 """Show a run's metrics.csv in TensorBoard, while it grows (pip install tensorboard).
 
-    python tools/tensorboard.py runs/gspo          # until Ctrl-C; elsewhere: tensorboard --logdir runs
+    python tools/tensorboard.py runs/gspo          # until Ctrl-C; then: tensorboard --logdir runs
     python tools/tensorboard.py runs/gspo ONCE     # what there is, and end
 """
 

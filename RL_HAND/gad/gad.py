@@ -1383,7 +1383,7 @@ def describe(run, arguments):
     silent = sum(last_number(row["answer"]) is None for row in run.train_rows)
     few = DEVICE != "cpu" and BATCH_SIZE * GROUP_SIZE // processes < 32
     print(f"""{run.facts["script"]}
-  profile   {PROFILE}, {"a" if torch.cuda.is_available() else "no"} CUDA GPU; {device}; {DTYPE}
+  profile   {PROFILE}, {"a" if torch.cuda.is_available() else "no"} GPU; {processes} x {device}; {DTYPE}
   settings  {" ".join(arguments) or "as in the file"}
   policy    {POLICY_MODEL}, {trained:.2f} M parameters to train
   reward    {" + ".join(f"{weight} {name}" for name, weight in REWARD_WEIGHTS.items() if weight)}
