@@ -1193,7 +1193,7 @@ def describe(run, arguments):
     silent = sum(last_number(row["answer"]) is None for row in run.train_rows)
     few = DEVICE != "cpu" and BATCH_SIZE * GROUP_SIZE // processes < 32
     print(f"""{run.facts["script"]}
-  profile   {PROFILE}, {"a" if torch.cuda.is_available() else "no"} GPU; {processes} x {device}; {DTYPE}
+  profile   {PROFILE}, {"a" if torch.cuda.is_available() else "no"} CUDA GPU; {device}; {DTYPE}
   settings  {" ".join(arguments) or "as in the file"}
   policy    {POLICY_MODEL}, {trained:.2f} M parameters to train
   reward    {" + ".join(f"{weight} {name}" for name, weight in REWARD_WEIGHTS.items() if weight)}
@@ -1203,7 +1203,7 @@ def describe(run, arguments):
 of at most {MAX_NEW_TOKENS} tokens{": few for a GPU, raise BATCH_SIZE and MINIBATCH" * few}
   update    minibatch {MINIBATCH}, micro-batch {MICRO_BATCH}, learning rate {LEARNING_RATE:g}
   algorithm {", ".join(f"{name}={globals()[name]}" for name in ALGORITHM_SHOWN.split())}
-  steps     {run.step} of {run.total_steps} done, {run.steps_per_epoch} an epoch
+  steps     {run.step} of {run.total_steps} done, {run.steps_per_epoch} an epoch; processes: {processes}
   output    {run.folder}
 """, flush=True)
 
