@@ -1236,7 +1236,7 @@ def describe(run, arguments):
 of at most {MAX_NEW_TOKENS} tokens{": few for a GPU, raise BATCH_SIZE and MINIBATCH" * few}
   update    minibatch {MINIBATCH}, micro-batch {MICRO_BATCH}, learning rate {LEARNING_RATE:g}
   algorithm {", ".join(f"{name}={globals()[name]}" for name in ALGORITHM_SHOWN.split())}
-  steps     {run.step} of {run.total_steps} done, {run.steps_per_epoch} an epoch; processes: {processes}
+  steps     {run.step} of {run.total_steps} done, {run.steps_per_epoch} an epoch; {processes=}
   output    {run.folder}
 """, flush=True)
 
