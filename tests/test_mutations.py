@@ -13,6 +13,7 @@ import test_gspo_batching as batching
 import test_gspo_loss as loss
 import test_processes as shared
 import test_resume as resume
+import test_run as runs
 from conftest import SCRIPT, import_file, mutated_copy
 
 MUTATIONS = {  # name: (text, what takes its place, the test that must fail)
@@ -202,7 +203,11 @@ MUTATIONS = {  # name: (text, what takes its place, the test that must fail)
     "the head is under the autocast of what is around it": (
         "with torch.autocast(a.device.type, enabled=False):", "if True:",
         batching.test_in_bfloat16_the_head_sums_in_float32),
-    # ---- Resuming, and several processes
+    # ---- Constants, resuming, and several processes
+    "what was set once stays set": (
+        "values = DEFAULTS | dict(map(parse, arguments))",
+        "values = DEFAULTS\n    values.update(map(parse, arguments))",
+        runs.test_an_edited_constant_holds_in_every_profile),
     "a step's chance is what the steps before have left": (
         "torch.manual_seed(hash((SEED, run.step)))", "pass",
         resume.test_resumed_run_equals_the_uninterrupted_one),

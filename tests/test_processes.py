@@ -79,6 +79,7 @@ def test_two_processes_do_what_one_does(tmp_path, name, extra):
     count = said[0][0].count("held-out accuracy")
     assert [text.count("held-out accuracy") for text in said[1]] == [count, 0] and count >= 2
     assert not said[1][1].strip()  # only one of the two speaks
+    assert re.search(r"  steps .*processes\W+2$", said[1][0], re.MULTILINE)
     tables = [pd.read_csv(tmp_path / folder / "metrics.csv") for folder in ("one", "two")]
     # The discriminator's scores have a free level; its gradient is measured before it is averaged.
     left_out = ("time", "student_score", "teacher_score", "d_grad_norm")

@@ -113,7 +113,8 @@ def test_start_up_block(smoke):
     assert block["update"] == (f"minibatch {c['MINIBATCH']}, micro-batch {c['MICRO_BATCH']}, "
                                "learning rate 0.0001")
     assert "GSPO_EPOCHS=2, CLIP_RANGE=(0.0003, 0.0004)" in block["algorithm"]
-    assert block["steps"] == f"0 of 3 done, {questions // c['BATCH_SIZE']} an epoch"
+    assert re.fullmatch(rf"0 of 3 done, {questions // c['BATCH_SIZE']} an epoch; processes\W+1",
+                        block["steps"])
     assert block["output"] == str(out)
 
 
@@ -415,13 +416,17 @@ def test_every_question_is_asked_in_each_pass_over_the_data(here, tmp_path):
 # ---- Settings
 
 
-def test_an_edited_constant_holds_in_every_profile(gspo, tmp_path, capsys):
-    """A plain value in the place of Either(full, embedded): on any machine, and the start-up block
-    shows it. The command line overrules it; other profiles can follow in the same process."""
-    script = import_file(mutated_copy(SCRIPT, "BATCH_SIZE = Either(2, 16)", "BATCH_SIZE = 32",
-                                      tmp_path), "gspo_edited")
-    full, embedded = (["PROFILE=full", "DEVICE=cpu", "FROZEN_DEVICE=cpu"],
-                      ["PROFILE=embedded", "DEVICE=cpu"])
+def edited(folder):
+    """gspo.py after a reader has written a plain value in the place of Either(full, embedded)."""
+    return import_file(mutated_copy(SCRIPT, "BATCH_SIZE = Either(2, 16)", "BATCH_SIZE = 32",
+                                    folder), "gspo_edited")
+
+
+def test_an_edited_constant_holds_in_every_profile(gspo, tmp_path):
+    """On any machine. The command line overrules it; another profile can follow in the same
+    process, and the first one again."""
+    script, full, embedded = (edited(tmp_path), ["PROFILE=full", "DEVICE=cpu", "FROZEN_DEVICE=cpu"],
+                              ["PROFILE=embedded", "DEVICE=cpu"])
     for module, profile, batch, group in (
             (gspo, embedded, 16, 8), (gspo, full, 2, 4), (gspo, embedded, 16, 8),
             (script, embedded, 32, 8), (script, full, 32, 4), (script, embedded, 32, 8)):
@@ -430,10 +435,15 @@ def test_an_edited_constant_holds_in_every_profile(gspo, tmp_path, capsys):
         assert module.constants()["BATCH_SIZE"] == batch
         module.configure([*profile, "BATCH_SIZE=64", "GROUP_SIZE=2"])
         assert (module.BATCH_SIZE, module.GROUP_SIZE) == (64, 2)
-    script.start([*embedded, NO_MODEL, f"OUTPUT_DIR={tmp_path / 'run'}"])
+
+
+def test_the_start_up_block_shows_an_edited_constant(tmp_path, capsys):
+    """32 questions a step, of 800, and what follows from that."""
+    edited(tmp_path).start(["PROFILE=embedded", "DEVICE=cpu", NO_MODEL,
+                            f"OUTPUT_DIR={tmp_path / 'run'}"])
     block = capsys.readouterr().out
     assert "32 prompts x 8 = 256 completions" in block
-    assert "25 an epoch" in block  # of 800 questions
+    assert "25 an epoch" in block
 
 
 def test_auto_is_what_the_machine_has(gspo, monkeypatch):
