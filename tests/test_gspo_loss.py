@@ -563,7 +563,7 @@ def train_on_numbers(gspo, monkeypatch, coefficient=0.3, passes=2, nudge=(0, {})
     ones = torch.ones(8, 1).long()
     batch = gspo.Batch(prompt_index=torch.arange(2).repeat_interleave(4), prompt_ids=ones,
                        prompt_mask=ones, completion_ids=row.clone(), completion_mask=mask,
-                       sampled_logps=old + 0.01 * mask, ended=torch.tensor([True] * 6 + [False] * 2))
+                       sampled_logps=old + 0.01 * mask, ended=torch.arange(8) < 6)
     state = SimpleNamespace(old=old, ref=ref, entropy=entropy.detach().clone(), lengths=lengths,
                             rewards=rewards, steps=[], rows=[], metrics=None)
 
