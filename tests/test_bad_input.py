@@ -190,11 +190,10 @@ INFINITE = {"": ("LEARNING_RATE WEIGHT_DECAY ADAM_EPSILON MAX_GRAD_NORM EVAL_TEM
 
 
 # A std that divides by nothing, or less; a range that a checkpoint cannot give back.
-NOT_YET = {"one of": ("STD_CORRECTION", ["2", "5"]), "pairs": ("CLIP_RANGE", ["(0.2, 1e999)"])}
+MORE = {"one of": ("STD_CORRECTION", ["2", "5"]), "pairs": ("CLIP_RANGE", ["(0.2, 1e999)"])}
 
 
-@pytest.mark.parametrize("outside", [
-    BELOW, INFINITE, pytest.param(NOT_YET, marks=pytest.mark.xfail(strict=True, reason="no rule"))])
+@pytest.mark.parametrize("outside", [BELOW, INFINITE, MORE])
 def test_every_number_has_its_range(gspo, outside):
     """Outside of it: one line, which names the constant; at its edge it is accepted."""
     tried = set()
@@ -280,7 +279,7 @@ def test_rows_without_text(refused, tmp_path, questions, answers, found):
 
 
 @pytest.mark.parametrize("value", [
-    pytest.param("[]", marks=pytest.mark.xfail(strict=True, reason="POLICY_MODEL is named")),
+    "[]",
     "['data/train.parquet']", "[{'path': 'data/train.parquet'}]",
     "[{'path': 'data/train.parquet', 'input': ['question'], 'output': 'answer'}]",
     "[{'path': 'data/train.parquet', 'type': ['parquet'], 'input': 'question', "

@@ -224,7 +224,6 @@ def test_resuming_warns_of_nothing(whole, tmp_path, recwarn):
     assert not [str(warning.message) for warning in recwarn]
 
 
-@pytest.mark.xfail(strict=True, reason="RESUME_FROM is taken from the configure before")
 def test_a_second_configure_knows_nothing_of_the_first(whole):
     """In a notebook: without RESUME_FROM the constants are the file's again."""
     gspo = import_file(SCRIPT)

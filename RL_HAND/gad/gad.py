@@ -552,12 +552,13 @@ ALGORITHM_RULES = """
     min(GAD_EPOCHS, SEQKD_BATCH, WARMUP_BATCH) >= 1
     min(SEQKD_STEPS, CRITIC_WARMUP, DISCRIMINATOR_EVERY) >= 0
     SEQKD_BATCH % processes == WARMUP_BATCH % processes == 0  # torchrun's processes share them
-    len(clip_range()) == 2 and 0 < min(clip_range()) and clip_range()[0] <= 1  # of CLIP_RANGE
+    len(clip_range()) == 2 and 0 < clip_range()[0] <= 1  # CLIP_RANGE: a number, or (low, high)
+    0 < clip_range()[1] < math.inf  # CLIP_RANGE
     SCORE_AT in ("mean", "last")
     DISCRIMINATOR != ""  # "policy", or the folder or id of a DeBERTa
     0 <= LABEL_SMOOTHING < 0.5
     min(SEQKD_LEARNING_RATE, DISCRIMINATOR_LEARNING_RATE) >= 0
-    min(STD_CORRECTION, ADVANTAGE_EPSILON, ENTROPY_COEF, KL_COEF) >= 0
+    STD_CORRECTION in (0, 1) and min(ADVANTAGE_EPSILON, ENTROPY_COEF, KL_COEF) >= 0
     USE_SEQUENCE_LEVEL_REWARD  # the discriminator scores whole answers
     all("teacher" in entry for entry in train_datasets)  # the column with the teacher's texts
 """
@@ -1187,7 +1188,7 @@ RULES = """
     BATCH_SIZE % processes == MINIBATCH % processes == 0  # torchrun's processes share them
     MINIBATCH // processes % GROUP_SIZE == 0 or GROUP_SIZE % (MINIBATCH // processes) == 0
     set(REWARD_WEIGHTS) <= {"model", "verifier", "function"} and any(REWARD_WEIGHTS.values())
-    math.isfinite(sum(REWARD_WEIGHTS.values()))
+    math.isfinite(sum(REWARD_WEIGHTS.values())) and train_datasets and eval_datasets
     bool(REWARD_FUNCTION) == bool(REWARD_WEIGHTS.get("function"))  # a file and a weight, or neither
     all({"path", "input", "output"} <= set(entry) for entry in train_datasets + eval_datasets)
     all(type(text) is str for entry in train_datasets + eval_datasets for text in entry.values())
@@ -1265,7 +1266,7 @@ def configure(arguments):
     """Set the constants: this file's, those of the checkpoint that is resumed, the command line's;
     resolve what is Either by the profile; hold them to the rules. Returns where the run stands."""
     counters = {"step": 0, "questions": 0, "num_tokens": 0, "state": {}}  # `state`: the algorithm's
-    if folder := dict(map(parse, arguments)).get("RESUME_FROM", RESUME_FROM):
+    if folder := dict(map(parse, arguments)).get("RESUME_FROM", DEFAULTS["RESUME_FROM"]):
         with one_line(f"RESUME_FROM={folder}", "an epoch_N or step_N folder, N > 0, of a run"):
             saved = json.loads((find_path(folder) / "constants.json").read_text())["constants"]
             counters = json.loads((find_path(folder) / "trainer_state.json").read_text())

@@ -369,7 +369,7 @@ def sentence_rewards(run, rows, batch):
     texts = run.tokenizer.batch_decode(tokens[:, None])
     ends = torch.tensor([text.rstrip(" ").endswith((".", "\n")) for text in texts],
                         device=place.device)[place]                       # (B, T)
-    more = batch.completion_mask.flip(1).cumsum(1).flip(1) > 2  # two tokens follow: text and end
+    more = batch.completion_mask.flip(1).cumsum(1).flip(1) > 1 + batch.ended[:, None]  # than "end"
     ends &= more & ~F.pad(ends[:, 1:], (0, 1))  # of ".\n" only the second
     sentence = ends.cumsum(1) - ends.long()
     beginnings = [score_completions(run, rows, batch, sentence < k)[0]
@@ -432,7 +432,8 @@ def token_weights(mask):
 
 ALGORITHM_RULES = """
     PPO_EPOCHS >= 1
-    len(clip_range()) == 2 and 0 < min(clip_range()) and clip_range()[0] <= 1  # of CLIP_RANGE
+    len(clip_range()) == 2 and 0 < clip_range()[0] <= 1  # CLIP_RANGE: a number, or (low, high)
+    0 < clip_range()[1] < math.inf  # CLIP_RANGE
     0 <= GAMMA <= 1 and 0 <= GAE_LAMBDA <= 1
     min(KL_COEF, NO_END_PENALTY, CRITIC_LEARNING_RATE, CRITIC_WARMUP) >= 0
     min(VALUE_CLIP, TARGET_APPROX_KL, ENTROPY_COEF) >= 0
@@ -1059,7 +1060,7 @@ RULES = """
     BATCH_SIZE % processes == MINIBATCH % processes == 0  # torchrun's processes share them
     MINIBATCH // processes % GROUP_SIZE == 0 or GROUP_SIZE % (MINIBATCH // processes) == 0
     set(REWARD_WEIGHTS) <= {"model", "verifier", "function"} and any(REWARD_WEIGHTS.values())
-    math.isfinite(sum(REWARD_WEIGHTS.values()))
+    math.isfinite(sum(REWARD_WEIGHTS.values())) and train_datasets and eval_datasets
     bool(REWARD_FUNCTION) == bool(REWARD_WEIGHTS.get("function"))  # a file and a weight, or neither
     all({"path", "input", "output"} <= set(entry) for entry in train_datasets + eval_datasets)
     all(type(text) is str for entry in train_datasets + eval_datasets for text in entry.values())
@@ -1137,7 +1138,7 @@ def configure(arguments):
     """Set the constants: this file's, those of the checkpoint that is resumed, the command line's;
     resolve what is Either by the profile; hold them to the rules. Returns where the run stands."""
     counters = {"step": 0, "questions": 0, "num_tokens": 0, "state": {}}  # `state`: the algorithm's
-    if folder := dict(map(parse, arguments)).get("RESUME_FROM", RESUME_FROM):
+    if folder := dict(map(parse, arguments)).get("RESUME_FROM", DEFAULTS["RESUME_FROM"]):
         with one_line(f"RESUME_FROM={folder}", "an epoch_N or step_N folder, N > 0, of a run"):
             saved = json.loads((find_path(folder) / "constants.json").read_text())["constants"]
             counters = json.loads((find_path(folder) / "trainer_state.json").read_text())

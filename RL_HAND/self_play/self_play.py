@@ -1004,7 +1004,7 @@ RULES = """
     TRAIN_BATCH_SIZE % processes == MINIBATCH % processes == 0  # torchrun's processes share them
     MINIBATCH // processes % ROLLOUT_N == 0 or ROLLOUT_N % (MINIBATCH // processes) == 0
     set(REWARD_WEIGHTS) <= {"model", "verifier", "function"} and any(REWARD_WEIGHTS.values())
-    math.isfinite(sum(REWARD_WEIGHTS.values()))
+    math.isfinite(sum(REWARD_WEIGHTS.values())) and train_datasets and eval_datasets
     bool(REWARD_FUNC) == bool(REWARD_WEIGHTS.get("function"))  # a file and a weight, or neither
     all({"path", "input", "output"} <= set(entry) for entry in train_datasets + eval_datasets)
     all(type(text) is str for entry in train_datasets + eval_datasets for text in entry.values())
@@ -1082,7 +1082,7 @@ def configure(arguments):
     """Set the constants: this file's, those of the checkpoint that is resumed, the command line's;
     resolve what is Either by the profile; hold them to the rules. Returns where the run stands."""
     counters = {"step": 0, "questions": 0, "num_tokens": 0, "state": {}}  # `state`: the algorithm's
-    if folder := dict(map(parse, arguments)).get("RESUME_FROM", RESUME_FROM):
+    if folder := dict(map(parse, arguments)).get("RESUME_FROM", DEFAULTS["RESUME_FROM"]):
         with one_line(f"RESUME_FROM={folder}", "an epoch_N or step_N folder, N > 0, of a run"):
             saved = json.loads((find_path(folder) / "constants.json").read_text())["constants"]
             counters = json.loads((find_path(folder) / "trainer_state.json").read_text())
