@@ -1,11 +1,16 @@
-"""Peak memory of a training pass against vocabulary, micro-batch, completion length, checkpointing.
+"""What a script needs of a GPU's memory, estimated; and a training pass on this machine, measured.
 
-    python benchmarks/memory.py              # on a CPU: a small model with a large vocabulary
-    python benchmarks/memory.py DEVICE=cuda  # Qwen3-0.6B's shape, random weights
+    python benchmarks/memory.py RL_HAND/gspo/gspo.py LORA_RANK=16  # any script and constants
+    python benchmarks/memory.py              # measured on the CPU: a small model
+    python benchmarks/memory.py DEVICE=cuda  # measured at Qwen3-0.6B's shape, random weights
+
+The estimate is for Qwen3-0.6B and the full profile, whatever this machine has; nothing is loaded.
+The training pass of one micro-batch at full length is the script's own, run on fake tensors, which
+have a shape and no contents, and its allocations are added up. The rest is arithmetic on shapes.
+PyTorch's context (about 0.5 GB) and what its allocator loses between blocks come on top.
 
 What is measured is one forward and backward pass of `score_tokens`, as PyTorch's allocator counts
-it, above what was there before (the weights). The gradients that remain afterwards are taken off:
-they belong to the weights. Expected: flat in the vocabulary, but for the one float32 gradient of
+it, above the weights and their gradients. Expected: flat in the vocabulary, but for the gradient of
 the head; linear in the tokens. "plain" keeps all logits, as log_softmax of the model's output does.
 """
 
@@ -15,14 +20,89 @@ import tempfile
 from pathlib import Path
 
 import torch
-import transformers
-from common import QWEN3, import_gspo
+from common import (QWEN3, QWEN3_VOCABULARY, REWARD_PARAMETERS, facts, import_file, import_gspo,
+                    load_policy, make_batch, training_pass)
+from fakes import allocated, make_fake
 from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 SMALL = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
          "tie_word_embeddings": True}
+
+
+def plain_pass(script, model, batch):
+    """One forward and backward pass through all logits at once."""
+    logits = script.states_before(model, batch) @ model.get_output_embeddings().weight.T
+    tokens = batch.completion_ids[batch.completion_mask.bool()]
+    torch.log_softmax(logits, -1).gather(1, tokens[:, None]).sum().backward()
+
+
+# -------------------------------------------------------------------------------- the estimate
+
+
+def estimate(script, frozen_here=True):
+    """GB by phase and part. The constants must be set; `frozen_here`: all models on one GPU."""
+    group = getattr(script, "GROUP_SIZE", 0) or script.ROLLOUT_N
+    width = 2 if script.DTYPE == "bfloat16" else 4
+    policy = load_policy(script, QWEN3, QWEN3_VOCABULARY, "meta")
+    sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in policy.parameters()]
+    trained = sum(number for number, _, grows in sizes if grows)
+    networks = 1 + hasattr(script, "CRITIC_LEARNING_RATE") + (
+        getattr(script, "DISCRIMINATOR", "") == "policy")
+    kept_reference = hasattr(script, "DISCRIMINATOR") or not script.LORA_RANK  # has its own adapter
+    reference = kept_reference and (getattr(script, "KL_COEF", 0) or
+                                    getattr(script, "WATCH_QUESTIONS", 0))
+    judge = bool(script.REWARD_WEIGHTS.get("model"))
+    weights = sum(number * size for number, size, _ in sizes)
+    always = {
+        "weights": networks * weights,
+        "Adam": networks * 8 * trained,
+        "reference": frozen_here and bool(reference) * width * sum(n for n, *_ in sizes),
+        "reward model": frozen_here and judge * width * REWARD_PARAMETERS}
+    casts = sum(number * width for number, size, _ in sizes if size != width)  # with the head's
+
+    prompts = getattr(script, "BATCH_SIZE", 0) or script.SAMPLE_AT_ONCE
+    rows = max(script.EVAL_BATCH, group * prompts)
+    columns, layers = script.MAX_PROMPT_TOKENS + script.MAX_NEW_TOKENS, QWEN3["num_hidden_layers"]
+    cache = rows * columns * layers * 2 * width * QWEN3["num_key_value_heads"] * QWEN3["head_dim"]
+    pairs = min(script.REWARD_BATCH, rows)
+    matrix = pairs * 16 * script.MAX_REWARD_TOKENS**2 * width  # of attention: pairs x heads x S x S
+
+    batch = make_batch(script, script.MINIBATCH // group * group or script.MINIBATCH,
+                       min(group, script.MINIBATCH), script.MAX_PROMPT_TOKENS,
+                       script.MAX_NEW_TOKENS, 100)
+    micro = batch.rows(next(iter(script.micro_batches(batch))))
+    script.product = lambda a, b: a.new_empty(len(a), b.shape[1], dtype=torch.float32)  # as on CUDA
+    made = allocated(lambda: training_pass(script, policy, micro), make_fake(policy))
+    phases = {
+        "update": {"gradients": networks * 4 * trained,
+                   "activations, logits, gradient of the head": made},
+        "sampling": {f"weights in {script.DTYPE}": casts,
+                     "keys and values": cache * (1 + 2 / layers),  # a layer's are copied at a time
+                     "logits": rows * QWEN3_VOCABULARY * 24},
+        "reward model": {"attention": frozen_here and judge * 6 * matrix}}  # seen on fake tensors
+    return {phase: {name: float(size) / 1e9 for name, size in (always | parts).items()}
+            for phase, parts in phases.items()}
+
+
+def print_estimate(path, arguments):
+    """The table for the script at `path` with the given constants."""
+    script, given = import_file(Path(path)), dict(a.split("=", 1) for a in arguments)
+    here = given.pop("FROZEN_DEVICE", "cuda") == given.pop("DEVICE", "cuda")
+    script.configure(["PROFILE=full", "DEVICE=cpu", "FROZEN_DEVICE=cpu",
+                      *(f"{name}={value}" for name, value in given.items())])
+    found = estimate(script, here)
+    names = list(dict.fromkeys(name for parts in found.values() for name in parts))
+    print(f"{path} {' '.join(arguments)}: GB at Qwen3-0.6B's shape, estimated\n\n| GB | "
+          + " | ".join(found) + " |\n|---|" + "---|" * len(found))
+    for name in names:
+        print(f"| {name} | " + " | ".join(f"{parts[name]:.2f}" if parts.get(name) else "-"
+                                          for parts in found.values()) + " |")
+    print("| **in all** | " + " | ".join(f"**{sum(parts.values()):.1f}**"
+                                         for parts in found.values()) + " |")
+
+
+# ------------------------------------------------------------------------------------ measured
 
 
 def peak_bytes(function, device="cpu"):
@@ -45,52 +125,20 @@ def peak_bytes(function, device="cpu"):
     return highest
 
 
-def make_model(shape, vocabulary, device):
-    """A model with random weights, float32."""
-    torch.manual_seed(0)
-    config = Qwen3Config(**shape, vocab_size=vocabulary)
-    model = Qwen3ForCausalLM._from_config(config, attn_implementation="sdpa")
-    return model.to(device).eval()
-
-
-def make_batch(gspo, rows, prompt, length, vocabulary, device):
-    """`rows` completions of one prompt, all of the given length."""
-    def ids(*shape):
-        return torch.randint(vocabulary, shape, device=device)
-    ones = torch.ones(rows, length, device=device)
-    return gspo.Batch(ids(1, prompt), torch.ones(1, prompt, dtype=torch.long, device=device),
-                      torch.zeros(rows, dtype=torch.long, device=device), ids(rows, length), ones,
-                      ones, torch.ones(rows, dtype=torch.bool, device=device))
-
-
-def training_pass(gspo, model, batch, plain=False):
-    """One forward and backward pass; `plain`: through all logits at once."""
-    if plain:
-        def score(states, ids):
-            scores = torch.log_softmax(gspo.head(model, states), -1)
-            return (scores.gather(1, ids[:, None])[:, 0],)
-        gspo.at_tokens(model, batch, score)[0].sum().backward()
-    else:
-        logps, entropy = gspo.score_tokens(model, batch)
-        (logps + entropy).sum().backward()
-
-
 def megabytes(gspo, shape, device, vocabulary, rows, length, plain=False, checkpointing=True):
     """Peak of a training pass above the weights and their gradients, in MB."""
     gspo.GRADIENT_CHECKPOINTING = checkpointing
-    model = make_model(shape, vocabulary, device)
-    if checkpointing:
-        gspo.checkpoint_layers(model)
-    batch = make_batch(gspo, rows, 64, length, vocabulary, device)
-    training_pass(gspo, model, make_batch(gspo, 1, 4, 4, vocabulary, device))  # warm-up
+    model = load_policy(gspo, shape, vocabulary, device)
+    batch = make_batch(gspo, rows, rows, 64, length, vocabulary, device)
+    training_pass(gspo, model, make_batch(gspo, 1, 1, 4, 4, vocabulary, device))  # warm-up
     model.zero_grad()
-    peak = peak_bytes(lambda: training_pass(gspo, model, batch, plain), device)
+    measured = plain_pass if plain else training_pass
+    peak = peak_bytes(lambda: measured(gspo, model, batch), device)
     return (peak - sum(p.numel() * 4 for p in model.parameters())) / 1e6
 
 
-def main(arguments):
-    """Measure and print the tables."""
-    device = dict(a.split("=") for a in arguments).get("DEVICE", "cpu")
+def print_measured(device):
+    """The tables of what is measured."""
     gspo = import_gspo()
     gspo.configure(["PROFILE=embedded", f"DEVICE={device}"])
     if device == "cpu":
@@ -98,10 +146,8 @@ def main(arguments):
     else:
         shape, rows, length, some = QWEN3, 4, 512, gspo.LOGITS_AT_ONCE
     gspo.LOGITS_AT_ONCE = some
-    place = torch.cuda.get_device_name() if device != "cpu" else "CPU"
-    print(f"{place}, {gspo.DTYPE}, torch {torch.__version__}, transformers "
-          f"{transformers.__version__}; LOGITS_AT_ONCE {some:,}; MB above weights and gradients\n")
-
+    print(f"{facts(device)}; {gspo.DTYPE}; LOGITS_AT_ONCE {some:,}\n")
+    print("MB above weights and gradients\n")
     print(f"Vocabulary ({rows} x {length} tokens)\n\n| V | score_tokens | less the head's gradient "
           "| plain |\n|---|---|---|---|")
     for vocabulary in (8_192, 32_768, 151_936):
@@ -109,16 +155,16 @@ def main(arguments):
                        for way in (False, True))
         head = vocabulary * shape["hidden_size"] * 4 / 1e6
         print(f"| {vocabulary:,} | {ours:,.0f} | {ours - head:,.0f} | {plain:,.0f} |")
-
-    for title, points in {
-            f"Micro-batch ({length} tokens each)": [(n, length) for n in (1, 2, 4, 8)],
-            f"Completion length ({rows} rows)": [(rows, n) for n in (128, 256, 512, 1024)]}.items():
-        print(f"\n{title}, V = 32,768\n\n| tokens | checkpointing | kept |\n|---|---|---|")
-        for count, tokens in points:
-            on, off = (megabytes(gspo, shape, device, 32_768, count, tokens, checkpointing=way)
-                       for way in (True, False))
-            print(f"| {count} x {tokens} | {on:,.0f} | {off:,.0f} |")
+    print("\nTokens, V = 32,768\n\n| tokens | checkpointing | kept |\n|---|---|---|")
+    for count, tokens in [(1, length), (2, length), (8, length)] + [(rows, length * n)
+                                                                   for n in (1, 2, 4, 8)]:
+        on, off = (megabytes(gspo, shape, device, 32_768, count, tokens, checkpointing=way)
+                   for way in (True, False))
+        print(f"| {count} x {tokens} | {on:,.0f} | {off:,.0f} |")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1:] and sys.argv[1].endswith(".py"):
+        print_estimate(sys.argv[1], sys.argv[2:])
+    else:
+        print_measured(dict(a.split("=") for a in sys.argv[1:]).get("DEVICE", "cpu"))
