@@ -230,12 +230,14 @@ def final_kl(folder):
     held-out question, and scored by both."""
     script = import_file(ROOT / "RL_HAND" / "self_play" / "self_play.py")
     script.configure(["PROFILE=embedded", "DEVICE=cpu"])
+    torch.set_num_threads(script.THREADS)
     script.transformers.utils.logging.disable_progress_bar()
     last = max(Path(folder).glob("[!.]*/model.safetensors"), key=os.path.getmtime).parent
     policy, start = script.load_policy(last), script.load_policy(ROOT / "data" / "policy")
     tokenizer = script.AutoTokenizer.from_pretrained(last)
-    rows = script.with_prompts(script.load_rows(script.eval_datasets, ""), tokenizer, "")
-    batch = script.sample_groups(policy, tokenizer, rows, 1, torch.Generator().manual_seed(0))
+    rows = script.load_rows("eval_datasets", tokenizer)
+    torch.manual_seed(0)
+    batch = script.sample_groups(policy, tokenizer, rows, 1)
     gap = (batch.sampled_logps - script.score_without_grad(start, batch)) * batch.completion_mask
     return float(gap.sum(1).mean())
 

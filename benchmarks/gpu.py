@@ -19,7 +19,7 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import SimpleNamespace as Size
 
 import torch
 from common import (QWEN3, QWEN3_VOCABULARY, REWARD, facts, import_gspo, load_policy,
@@ -29,13 +29,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 SHAPES = {  # and how much is done: rows of a rollout, tokens of a completion, size of the product
-    "qwen3-0.6b": SimpleNamespace(shape=QWEN3, vocabulary=QWEN3_VOCABULARY, judge=REWARD, given=[],
-                                  prompt=96, rows=(8, 64, 256), tokens=128, product=8192),
-    "tiny": SimpleNamespace(shape=SMALL | {"num_hidden_layers": 2}, vocabulary=500, prompt=10,
-                            judge=REWARD | {"hidden_size": 64, "num_hidden_layers": 1,
-                                            "intermediate_size": 64, "vocab_size": 500},
-                            given=["MAX_NEW_TOKENS=6", "MAX_PROMPT_TOKENS=10"], rows=(8, 16),
-                            tokens=6, product=256)}
+    "qwen3-0.6b": Size(shape=QWEN3, vocabulary=QWEN3_VOCABULARY, judge=REWARD, given=[], prompt=96,
+                       rows=(8, 64, 256), tokens=128, product=8192),
+    "tiny": Size(shape=SMALL | {"num_hidden_layers": 2}, vocabulary=500, prompt=10, rows=(8, 16),
+                 judge=REWARD | {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 500,
+                                 "intermediate_size": 64},
+                 given=["MAX_NEW_TOKENS=6", "MAX_PROMPT_TOKENS=10"], tokens=6, product=256)}
 QUESTIONS = 7473  # of GSM8K's training set
 
 
@@ -165,11 +164,6 @@ def whole_step(size, device, lora):
             sum(parts.values()) for parts in estimate(script_for(size, "cpu", *given)).values())
 
 
-def shown(value):
-    """A value in the table."""
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
-
-
 def main(arguments):
     """Measure part after part, print and write the table."""
     given = {"DEVICE": "cuda", "SHAPE": "qwen3-0.6b", "BUDGET": "470", "FILE": "gpu.json"}
@@ -192,7 +186,8 @@ def main(arguments):
                 found = [(name, "out of memory")]
         took[part] = now() - start
         for key, value in found:
-            print(f"| {key} | {shown(value)} |", flush=True)
+            text = f"{value:,.4g}" if isinstance(value, float) else value
+            print(f"| {key} | {text} |", flush=True)
         table |= found
         gc.collect()  # models go before the next ones come
         torch.cuda.empty_cache()
