@@ -29,7 +29,7 @@ the reward of the other scripts (REWARD_WEIGHTS) are measured here, never traine
     python RL_HAND/gad/gad.py --help
 
 One CPU core, small models: 0.2, 0.6 and 1.1 s for a step of stage 1, 2 and 3, 1.5 minutes in all,
-1 GB of memory. A GPU with Qwen3-0.6B: not run yet; estimated 24 GB, with LORA_RANK=16 8 GB.
+1 GB of memory. A GPU with Qwen3-0.6B: not run yet; estimated 23 GB, with LORA_RANK=16 8 GB.
 """
 
 import ast

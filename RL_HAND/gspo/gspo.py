@@ -31,7 +31,7 @@ plain loop, many times slower on a GPU than an inference engine.
     python RL_HAND/gspo/gspo.py --help
 
 One CPU core, small models: 0.9 s a step, 1.5 minutes of training, 1.2 GB of memory. A GPU with
-Qwen3-0.6B: not run yet; estimated 15 GB, with LORA_RANK=16 5 GB (benchmarks/memory.py).
+Qwen3-0.6B: not run yet; estimated 14 GB, with LORA_RANK=16 5 GB (benchmarks/memory.py).
 """
 
 import ast
