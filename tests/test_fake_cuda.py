@@ -11,6 +11,7 @@ from collections import defaultdict
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT, import_file
 from torch._subclasses.fake_tensor import (DataDependentOutputException,
                                            DynamicOutputShapeException, FakeTensor, FakeTensorMode)
 from torch.autograd.graph import get_gradient_edge
@@ -45,7 +46,8 @@ class Pretend(TorchDispatchMode):
             with self.fake:
                 faked = function(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
-            return tree_map(lambda x: with_value(self.as_fake(x, "cuda"), x),
+            device = next(x.device for x in leaves if isinstance(x, FakeTensor))
+            return tree_map(lambda x: with_value(self.as_fake(x, device), x),
                             compute(function, *values))
         return tree_map(with_value, faked, compute(function, *values))
 
@@ -76,7 +78,7 @@ def with_value(faked, value):
     """The pretended tensor with its value; what is no longer on the GPU is the value itself."""
     if not isinstance(faked, FakeTensor):
         return faked
-    assert faked.shape == value.shape
+    assert faked.shape == value.shape or not faked.numel()  # logsigmoid's buffer, on the CPU alone
     if faked.device.type == "cpu":
         return value
     faked.value = value.to(faked.dtype)  # a layer norm's statistics are float32 on CUDA alone
@@ -145,8 +147,8 @@ def move(module, function, recurse=True):
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """One pretended GPU, while the test runs."""
-    for name, value in {"_lazy_init": None, "device_count": 1,
+    """Two pretended GPUs, while the test runs."""
+    for name, value in {"_lazy_init": None, "device_count": 2,
                         "set_device": None, "synchronize": None, "get_device_name": "none",
                         "max_memory_allocated": 0, "is_bf16_supported": True,
                         "is_current_stream_capturing": False}.items():
@@ -173,15 +175,16 @@ def two_evaluations_and_a_step(script, folder, *given):
     """Run a script from the command line to its metrics, which are returned. Files of weights are
     not written: that reads memory which a pretended tensor does not have."""
     script.save_checkpoint = lambda *_: None
-    script.main([*SMALL, f"OUTPUT_DIR={folder}", *given])
+    known = [constant for constant in SMALL if constant.split("=")[0] in script.DEFAULTS]
+    script.main([*known, f"OUTPUT_DIR={folder}", *given])
     return pd.read_csv(folder / "metrics.csv")
 
 
 @pytest.mark.parametrize("given", [
     [], ["LORA_RANK=4"], ["GRADIENT_CHECKPOINTING=True", "LOGITS_AT_ONCE=8192"],
-    ["USE_SEQUENCE_LEVEL_REWARD=False", "USE_TOKEN_LEVEL_LOSS=True"]])
+    ["FROZEN_DEVICE=cuda:1", "USE_SEQUENCE_LEVEL_REWARD=False", "USE_TOKEN_LEVEL_LOSS=True"]])
 def test_a_gpu_would_not_refuse(gspo, pretend, tmp_path, given):
-    """Sampling, rewards, loss, backward and AdamW, with all models on the GPU."""
+    """Sampling, rewards, loss, backward and AdamW; with the frozen models beside or elsewhere."""
     metrics = two_evaluations_and_a_step(gspo, tmp_path / "run", *given)
     assert metrics["grad_norm"].iloc[-1] > 0
     assert pretend.calls["aten.mm.dtype"] and pretend.calls["aten._fused_adamw_.default"]
@@ -207,3 +210,26 @@ def test_a_fault_is_noticed(gspo, pretend, tmp_path, name, spoiled):
     setattr(gspo, name, spoiled(getattr(gspo, name)))
     with pytest.raises((RuntimeError, SystemExit), match="device|dtype"):
         two_evaluations_and_a_step(gspo, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name, given", [
+    ("grpo", []), ("dapo", ["OVERLONG_CACHE=2"]), ("ppo", []),
+    ("gad", ["MAX_STEPS=3", "SEQKD_STEPS=1", "SEQKD_BATCH=2", "CRITIC_WARMUP=1", "WARMUP_BATCH=2",
+             "GAD_EPOCHS=1", "MAX_NEW_TOKENS=40"]),
+    ("self_play", ["TRAIN_BATCH_SIZE=2", "SAMPLE_AT_ONCE=1", "ROLLOUT_N=2", "TOTAL_EPOCHS=1",
+                   "SELF_PLAY_ROUNDS=2", "WATCH_QUESTIONS=1"])])
+def test_nor_the_other_scripts(pretend, tmp_path, name, given):
+    """A step of each, or one of each stage; of self-play, two rounds."""
+    script = import_file(ROOT / "RL_HAND" / name / f"{name}.py", name)
+    metrics = two_evaluations_and_a_step(script, tmp_path / "run", *given)
+    assert metrics["step"].iloc[-1] >= 1
+
+
+@pytest.mark.parametrize("part, options", [("greedy", ["bfloat16"]), ("training", []),
+                                           ("whole_step", [True]), ("rollout", [8])])
+def test_nor_the_benchmark(pretend, monkeypatch, part, options):
+    """What benchmarks/gpu.py does, at a tiny size."""
+    for name in ("reset_peak_memory_stats", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    gpu = import_file(ROOT / "benchmarks" / "gpu.py", "gpu")
+    assert dict(getattr(gpu, part)(gpu.SHAPES["tiny"], "cuda", *options))
