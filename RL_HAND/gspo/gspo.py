@@ -130,7 +130,7 @@ ADAM_EPSILON = 1e-8  # AdamW's
 WEIGHT_DECAY = 0.0  # AdamW's
 MAX_GRAD_NORM = 1.0  # gradient clipping; 0: none
 MINIBATCH = Either(8, 64)  # completions per optimiser step: part of the algorithm
-MICRO_BATCH = Either(4, 32)  # completions per forward pass at most: memory and speed only
+MICRO_BATCH = Either(4, 24)  # completions per forward pass at most: memory and speed only
 SEED = 0  # of sampling, data order and shuffling
 
 # --- Algorithm
