@@ -1,7 +1,7 @@
 """A step of one script against the same step of another, for instance of an older version.
 
-    git show COMMIT:RL_HAND/gspo/gspo.py > /tmp/before.py
-    python benchmarks/against_before.py /tmp/before.py RL_HAND/gspo/gspo.py
+    git show COMMIT:RL_HAND/gspo/gspo.py > before.py
+    python benchmarks/against_before.py before.py RL_HAND/gspo/gspo.py
     python benchmarks/against_before.py BEFORE AFTER POLICY_MODEL=runs/gspo/epoch_2 STEPS=40
 
 Both run in this process with the embedded profile and everything on, and take turns, a step each;

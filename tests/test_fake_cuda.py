@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 pytestmark = pytest.mark.skipif(
     torch.version.cuda is None or torch.cuda.is_available(),
-    reason="needs a CUDA build of PyTorch on a machine without a GPU: pip install torch==2.11.0 "
-           "--index-url https://pypi.org/simple")
+    reason="needs a CUDA build of PyTorch (pip install torch==2.11.0) on a machine without a GPU")
 
 
 class Pretend(TorchDispatchMode):
