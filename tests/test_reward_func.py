@@ -2,10 +2,12 @@
 train.sh, which starts self_play.py."""
 
 import ast
+import doctest
 import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
 from types import SimpleNamespace
@@ -83,12 +85,20 @@ def test_other_answers(reward, text, truth):
     assert reward.compute_score("", f"Answer: {text}", truth) < 1.0
 
 
+def test_docstring_examples(reward):
+    result = doctest.testmod(reward)
+    assert result.failed == 0 and result.attempted >= 10
+
+
 def test_numbers(reward):
-    assert reward.quantity("3 1/2") == (Fraction(7, 2), "", False)
-    assert reward.quantity("1,200.50%") == (Fraction(2401, 2), "1200.5", True)
-    assert reward.quantity("-3") == (Fraction(-3), "3", False)
+    assert reward.quantity("3 1/2") == (Fraction(7, 2), "", False, None)
+    assert reward.quantity("1,200.50%") == (Fraction(2401, 2), "1200.5", True, None)
+    assert reward.quantity("-3") == (Fraction(-3), "3", False, None)
+    assert reward.quantity("3 km") == (Fraction(3), "3", False, ("length", 1000))
+    assert reward.quantity("2\N{VULGAR FRACTION ONE HALF}")[0] == Fraction(5, 2)
     for text in ("", "-", ".", "%", "x", "x+1", "1+1", "1..2", "--5", "1/0", "1 2",
-                 "\N{VULGAR FRACTION ONE HALF}", "9" * 401, "1e9999"):
+                 "5x", "2 pi", "9 squared", "10:30", "1.2.3", "1/2/3", "7 or 8", "9" * 401,
+                 "1e9999"):
         assert reward.quantity(text) is None, text
 
 
@@ -124,6 +134,177 @@ def test_pairs(reward):
     assert reward.get_preference_pairs(["Answer: 85"], "85", "") == []
 
 
+# ========================================= Whole kinds ==========================================
+
+RIGHT_ANSWERS = {  # what is written in another way: (answer, truth)
+    "inline LaTeX": [
+        ("The answer is $17$.", "17"), (r"So the answer is \[17\].", "17"),
+        ("Answer: $$17$$", "17"), (r"Answer: \(\frac{3}{8}\)", "0.375"),
+        ("The final answer is $x = 17$.", "17"), (r"Answer: $\dfrac{7}{2}$ hours", "3.5"),
+        ("Final Answer: The final answer is $17$. I hope it is correct.", "17"),
+        ("Answer:\n$$\n17\n$$", "17"), (r"Answer: \boxed{\mathbf{17}}", "17"),
+        (r"\boxed{\textstyle -\frac{3}{4}}", "-0.75")],
+    "decoration": [
+        ("**Final answer:** 17", "17"), ("Answer: __17__", "17"), ("### Answer: 17", "17"),
+        ("> Answer: 17", "17"), ("Answer: \u201c17\u201d", "17"), ("Answer: [17]", "17"),
+        ("Answer: ***17***", "17"), ("Answer: 17 \u2705", "17"),
+        ("Answer: <strong>17</strong>", "17"), ("Answer: `17`.", "17"), ("**Answer**: 17", "17"),
+        ("Answer: 17;", "17"), ("Answer = (17)", "17"),
+        ("Answer: 17 (i.e. 20-3)", "17"), (r"Answer: 17 \\", "17")],
+    "tags": [
+        ("<answer> 17 </answer>", "17"), ("<answer>\n17\n</answer>", "17"),
+        ("<ANSWER>17</ANSWER>", "17"), ("Answer: 17</s>", "17"), ("Answer: 17<|eot_id|>", "17"),
+        (r"<answer>$\boxed{17}$</answer>", "17"), ("Answer: 17<br>", "17"),
+        ("<answer>x = 17 cm</answer>", "17")],
+    "reasoning": [
+        ("<think>maybe the answer is 3</think>17", "17"),
+        (r"<think>\boxed{3}</think> <answer>17</answer>", "17"),
+        ("<think>#### 3</think>\nThe answer is 17.<|endoftext|>", "17"),
+        (r"answer: 3 </think> so \boxed{17}", "17")],
+    "marks": [
+        ("#### 17\nThe answer is in line with 3 others.", "17"),
+        (r"\boxed{17}. Answer: see above, step 3", "17"),
+        ("The answer is 17. This answer is checked against 5 cases.", "17"),
+        ("<answer>17</answer> My answer is based on 4 steps.", "17"),
+        ("Answer: 17. The answer is plausible since 17 < 20.", "17"),
+        (r"\boxed{3} is tempting, but \boxed{17}", "17"), ("#### 3\n#### 17", "17"),
+        ("<answer>3</answer> <answer>17</answer>", "17")],
+    "phrases": [
+        ("The answer should be 17.", "17"), ("The answer equals 17", "17"),
+        ("My final answer: 17", "17"), ("Answer \u2013 17", "17"), ("Answer is: 17", "17"),
+        ("The answer is seventeen (17).", "17"), ("The answer is therefore about 17.", "17"),
+        ("Final answer\n17", "17"), ("The answer is 17, because 3 more than 14 is 17.", "17"),
+        ("The answer comes out to $17.", "17"), ("ANSWER:17", "17"), ("\u7b54\u6848\u4e3a17", "17"),
+        ("\u6240\u4ee5\u7b54\u6848\u662f\uff1a17\u3002", "17"),
+        ("\u7b54\u6848\u662f17\u4e2a\u3002", "17"),
+        ("\u6700\u7ec8\u7b54\u6848\uff1a17\u5143", "17")],
+    "units": [
+        ("Answer: 17 km/h", "17"), ("Answer: 17 sq. ft", "17"), (r"\boxed{17~\text{mph}}", "17"),
+        (r"\boxed{17\text{ m}^2}", "17"), ("Answer: 17 ft\xb3", "17"), ("Answer: \u20ac17", "17"),
+        ("Answer: EUR 17", "17"), ("Answer: 17\u20ac", "17"), ("Answer: 17 \xb0C", "17"),
+        ("Answer: 17\xb0", "17"), ("Answer: 17 kg", "17 kilograms"), ("Answer: 17 hrs", "17 hours"),
+        ("Answer: 17cm", "17"), ("Answer: 17 m^{2}", "17"), ("Answer: US$17", "17"),
+        ("Answer: Rs. 17", "17"), ("Answer: 17 dollars per hour", "17"),
+        ("Answer: $17 per hour", "17"), ("Answer: 5000 m", "5 km"), ("Answer: 9pm", "9 pm"),
+        ("Answer: 3 eggs per day", "3 eggs"), (r"\boxed{17\,\mathrm{kg\cdot m}}", "17")],
+    "spaces": [
+        ("Answer: 1 234 567", "1234567"), (r"\boxed{1\ 234}", "1234"),
+        (r"\boxed{1\;234\;567}", "1,234,567"), ("Answer: 1'234", "1234"),
+        ("Answer: 1\u2009234\u2009567", "1234567"), (r"\boxed{1{,}234{,}567}", "1234567"),
+        (r"\boxed{1,\!234}", "1234"), ("Answer: 98 765.4", "98765.4"),
+        ("Answer: 1\xa0234", "1234")],
+    "numbers": [
+        ("Answer: -.25", "-1/4"), ("Answer: 6.02\xd710\xb2\xb3", "6.02e23"),
+        (r"\boxed{3 \cdot 10^{-4}}", "0.0003"), ("Answer: 3*10^4", "30000"),
+        ("Answer: 2.5 thousand", "2500"), ("Answer: 3 billion", "3e9"),
+        ("Answer: 1.2 Million dollars", "1200000"), ("Answer: $4k", "4000"),
+        ("Answer: \xbe", "0.75"), ("Answer: 2\xbd", "2.5"), ("Answer: 7 3/4", "7.75"),
+        (r"\boxed{-\dfrac{3}{4}}", "-0.75"), (r"\boxed{\frac{3}{-4}}", "-0.75"),
+        (r"\boxed{-2\tfrac{1}{4}}", "-2.25"), (r"\boxed{2^{10}}", "1024"),
+        (r"\boxed{\frac{1,000}{4}}", "250"), ("Answer: 1e-3", "0.001"), ("Answer: 8%", "0.08"),
+        (r"\boxed{3\times10^8}", "300000000"), ("Answer: 17.", "17.0"), (r"\boxed{\frac34}", "3/4"),
+        ("Answer: 3 / 4", "0.75"), ("Answer: -3/4", r"-\frac{3}{4}"),
+        ("Answer: 10\u207b\xb2", "0.01")],
+    "minus": [
+        ("Answer: \u221217", "-17"), ("Answer: \u201117", "-17"), ("Answer: \uff0d17", "-17"),
+        ("Answer: - 17", "-17"), ("Answer: (-17)", "-17"), ("Answer: x = \u221217", "-17"),
+        ("Answer: +17", "17"), ("Answer: -$17", "-17"), ("Answer: $-17", "-17"),
+        ("Answer: **-17**", "-17"), ("3 - 20 = -17", "-17"), ("Answer: \u201417", "-17")],
+    "references": [
+        ("Answer: 17", "17."), ("Answer: 17", "$17$"), ("Answer: 17", r"\boxed{17}"),
+        ("Answer: 17", "17 km"), ("Answer: 17", "x = 17"), ("Answer: 17", "[17]"),
+        ("Answer: 17", '"17"'), ("Answer: 17", "17\n"), ("Answer: 17", "The answer is 17"),
+        ("Answer: 17", "17 (seventeen)"), ("Answer: 17", "**17**"),
+        ("Answer: 17", "\u221217e-1\n#### 17"), ("Answer: 17", "<think>3</think> 17"),
+        ("Answer: 1234", "1{,}234")],
+    "texts": [
+        ("Answer: (B)", "B"), ("The answer is B.", "B"), (r"\boxed{\textbf{(B)}}", "B"),
+        ("Answer: **B**", "(B)"), ("<answer>b</answer>", "B"), (r"\boxed{(3, -4)}", "(3,-4)"),
+        (r"\boxed{\left(\frac{1}{2}, 3\right)}", "(0.5, 3)"), (r"\boxed{x^2+1}", "x^{2} + 1"),
+        ("Answer: 3:4", "3:4"), ("Answer: yes", "Yes"), (r"\boxed{[0, 1)}", "[0,1)")],
+}
+WRONG_ANSWERS = {  # what only looks like the truth
+    "glued letters": [
+        ("Answer: 7y", "7"), ("Answer: 3a", "3"), (r"\boxed{4\pi}", "4"), ("Answer: 4\u03c0", "4"),
+        ("Answer: 4 pi", "4"), (r"\boxed{3\sqrt{2}}", "3"), (r"\boxed{\sqrt{2}}", "2"),
+        (r"\boxed{x^2}", "2"), (r"\boxed{x^{2}}", "2"), (r"\boxed{x_2}", "2"),
+        ("Answer: 3+4i", "3"), ("Answer: 5x + 3", "3"), ("Answer: 5 x", "5"),
+        (r"\boxed{\frac{\pi}{2}}", "2"), (r"\boxed{\frac{x}{2}}", "2"), ("Answer: 2ab", "2")],
+    "factors": [
+        ("Answer: 17 thousand", "17"), ("Answer: 17 billion", "17"), ("Answer: 17\u4e07", "17"),
+        ("Answer: 9 squared", "9"), ("Answer: 9\xb2", "9"), (r"\boxed{9^{2}}", "9"),
+        ("Answer: $17M", "17"), ("Answer: 3 hundred", "3"), ("Answer: 17 million", "17 thousand")],
+    "units": [
+        ("Answer: 9 kg", "9 g"), ("Answer: 9 cm", "9 m"), ("Answer: 9 hours", "9 minutes"),
+        ("Answer: 9 am", "9 pm"), ("Answer: 9 km", "9 kg"), ("Answer: 5 miles", "5 km"),
+        ("Answer: 5 m^2", "5 m"), ("Answer: $5", "5 cents")],
+    "digits": [
+        ("Answer: 3 4", "34"), ("Answer: 1 000 0", "10000"), (r"\boxed{(3,4)}", "34"),
+        (r"\boxed{3,4}", "34"), (r"\boxed{(3,4)}", "3,4"), (r"\boxed{[3,4)}", "(3,4)"),
+        ("Answer: 3\n4", "34"), (r"\boxed{3\;4}", "34"), ("Answer: 1,23", "123"),
+        ("Answer: 1.2.3", "1.23"), ("Answer: 17, 18", "18"), (r"\boxed{17, 18}", "17")],
+    "fractions": [
+        ("Answer: 3/4", "4"), ("Answer: 3/4", "3"), (r"\boxed{\frac{3}{4}}", "4"),
+        ("Answer: 3/2", "1/2"), ("Answer: 10:30", "30"), ("Answer: 10:30", "10:45"),
+        ("Answer: 1/2/3", "3"), ("Answer: 3 1/2", "1/2"), ("Answer: 5/0", "5")],
+    "numbers": [
+        ("Answer: .5", "5"), ("Answer: 1e3", "1"), ("Answer: 1e3", "3"), ("Answer: 50%", "0.05"),
+        ("Answer: 5%", "0.5"), ("Answer: -5", "5"), ("Answer: \u22125", "5"),
+        (r"\boxed{10^{3}}", "3"), (r"\boxed{10^{3}}", "10"), (r"\boxed{2\times 10^3}", "3"),
+        (r"\boxed{1{,}234}", "234"), ("Answer: 17 or 18", "18"), ("Answer: 17 or 18", "17"),
+        ("Answer: x > 5", "5"),
+        ("Answer: > 5", "5"), ("Answer: 3 + 4", "4"), ("Answer: 1/3", "0.333")],
+    "marks": [
+        ("<think>The answer is 17</think> The answer is 3.", "17"), (r"\boxed{3} Answer: 17", "17"),
+        ("<answer>3</answer>\nAnswer: 17", "17"), ("#### 3\nThe answer is 17", "17")],
+}
+
+
+@pytest.mark.parametrize("kind", RIGHT_ANSWERS)
+def test_right_answers_in_any_dress(reward, kind):
+    wrong = [pair for pair in RIGHT_ANSWERS[kind] if reward.compute_score("", *pair) != 1.0]
+    assert not wrong
+
+
+@pytest.mark.parametrize("kind", WRONG_ANSWERS)
+def test_wrong_answers_that_look_right(reward, kind):
+    right = [pair for pair in WRONG_ANSWERS[kind] if reward.compute_score("", *pair) == 1.0]
+    assert not right
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("Answer: 7 cm", ("7 cm", True)), (r"\boxed{7} Answer: 8", ("7", True)),
+    ("it is 7 cm.", ("7 cm", False)), ("none", (None, False)), ("<answer></answer> 7", ("", True)),
+    ("<answer>7</answer> #### 8", ("7", True)), ("#### 7\nAnswer: 8", ("7", True)),
+    ("Answer: 7. The answer is clear.", ("7", True)), ("The answer is clear. 7", ("clear", True)),
+    ("Answer: C. My answer is final", ("C", True)), ("<think>Answer: 8</think>7", ("7", False)),
+    ("<think>7</think>", ("7", False)),
+])
+def test_where_the_answer_is(reward, text, answer):
+    assert reward.final_answer(text) == answer
+
+
+@pytest.mark.parametrize("answer, truth, same", [
+    ("5 km", "5000 m", True), ("5 km", "5 m", False), ("5", "5 m", True), ("9 am", "9 pm", False),
+    ("90 min", "1.5 hours", True), ("3 feet", "1 yd", True), ("2 m^2", "20000 cm^2", True),
+    ("500 cents", "$5", True), ("5 lbs", "5 kg", False), ("5 m^2", "5 m", False),
+    ("5 apples", "5 pears", True),  # what it does not know are words
+])
+def test_units(reward, answer, truth, same):
+    assert reward.is_same(answer, truth) == reward.is_same(truth, answer) == same
+
+
+@pytest.mark.parametrize("answer, truth", [("(1/2, 3)", "(0.5,3)"), ("[1e3, -2]", "[1000,-2.0]")])
+def test_lists_are_compared_one_by_one(reward, answer, truth):
+    assert reward.is_same(answer, truth)
+    for other in (answer[1:-1], answer[:-1] + ", 4" + answer[-1], "(" + answer,
+                  answer.replace("2", "7")):
+        assert not reward.is_same(other, truth)
+
+
+# ======================================== Hostile texts =========================================
+
+
 BOMBS = {
     "digits": "9" * 100_000, "a named number": "Answer: " + "9" * 100_000,
     "braces": r"\boxed{" + "{" * 100_000, "closing braces": r"\boxed{1" + "}" * 100_000,
@@ -139,6 +320,11 @@ BOMBS = {
     "blanks": " " * 100_000, "subtractions": "5-" * 50_000, "code": "Answer: __import__('os').x",
     "a factorial": "Answer: 99999!", "nul": "Answer: \0", "a surrogate": "Answer: \ud800",
     "other digits": "Answer: \N{ARABIC-INDIC DIGIT FIVE}",
+    "backslashes": "\\" * 100_000, "dollars": "$" * 100_000, "tags": "<answer>" * 12_000,
+    "thoughts": "</think>" * 12_000, "accents": "\u0301\u0327" * 50_000,
+    "named accents": "Answer: 5" + "\u0301\u0327" * 50_000, "grouped": "1 000" * 20_000,
+    "powers of ten": "10^" * 30_000, "zeros": "1/" + "0," * 50_000, "wholes": "1 2/" * 25_000,
+    "quotes": "'" * 100_000, "stars": "Answer: " + "*" * 100_000, "so": "Answer: " + "so " * 30_000,
     "a long fraction": "Answer: " + "7" * 399 + "/3"}
 
 
@@ -158,7 +344,7 @@ def test_nothing_is_evaluated():
     assert not called & {"eval", "exec", "compile", "__import__", "globals", "getattr"}
     top = {alias.name for node in ast.parse(source).body
            if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
-    assert top == {"re", "Fraction", "cache"}  # nothing to install
+    assert top - {"Fraction", "cache"} <= set(sys.stdlib_module_names)  # nothing to install
 
 
 # ========================================= math-verify ==========================================
@@ -166,8 +352,9 @@ def test_nothing_is_evaluated():
 
 def stand_in(seen):
     """A math-verify that finds everything equal to everything, and notes what it was given."""
-    return lambda: SimpleNamespace(parse=lambda text: seen.append(text) or [text],
-                                   verify=lambda wanted, given: True)
+    return lambda: SimpleNamespace(
+        parse=lambda text, parsing_timeout: seen.append(text) or [text],
+        verify=lambda wanted, given, timeout_seconds: True)
 
 
 def test_formulas_go_to_math_verify_if_it_is_there(reward):
@@ -176,12 +363,28 @@ def test_formulas_go_to_math_verify_if_it_is_there(reward):
     reward.math_verify = stand_in(seen)
     assert reward.compute_score("", r"\boxed{1+x}", "x+1") == 1.0
     assert seen == ["$x+1$", "$1+x$"]
-    assert reward.compute_score("", "Answer: 7", "85") == 0.1  # two plain numbers do not
+    seen.clear()
+    for answer, truth in (("7", "85"), ("2ab", "2"), ("(1, 2)", "1, 2"), ("5 m", "5 km")):
+        assert reward.compute_score("", f"Answer: {answer}", truth) == 0.1, answer
+    assert seen == []  # numbers do not, nor what it takes for numbers
+
+
+def test_math_verify_is_asked_where_its_clock_runs(reward, monkeypatch):
+    """It stops itself by an alarm, which needs a main thread and is not on Windows; without one a
+    product of two 99th powers takes minutes."""
+    seen, scores = [], []
+    reward.math_verify = stand_in(seen)
+    thread = threading.Thread(
+        target=lambda: scores.append(reward.compute_score("", r"\boxed{1+x}", "x+1")))
+    thread.start()
+    thread.join()
+    monkeypatch.delattr(reward.signal, "setitimer", raising=False)
+    assert [*scores, reward.compute_score("", r"\boxed{1+x}", "x+1")] == [0.1, 0.1] and seen == []
 
 
 @pytest.mark.parametrize("answer", ["9^{9^{9}}", "9^{999}", "9^99^99", "x^2x^2x^2", "9**9", "99!",
                                     r"\sum_{k}k", "1234567x", "x" * 201, r"\binom{9}{4}",
-                                    "2^{-100}"])
+                                    "2^{-100}", "x^{10}"])
 def test_what_may_explode_is_not_given_to_math_verify(reward, answer):
     seen = []
     reward.math_verify = stand_in(seen)
@@ -191,7 +394,7 @@ def test_what_may_explode_is_not_given_to_math_verify(reward, answer):
 
 
 def test_what_math_verify_cannot_read_is_not_equal(reward):
-    def parse(text):
+    def parse(text, parsing_timeout):
         raise RuntimeError(text)
 
     reward.math_verify = lambda: SimpleNamespace(parse=parse)
@@ -203,7 +406,10 @@ def test_the_real_math_verify():
     module = import_file(FOLDER / "reward_func.py", "reward_func_with_math_verify")
     assert module.compute_score("", r"\boxed{1+x}", "x+1") == 1.0
     assert module.compute_score("", r"\boxed{\frac{\sqrt{8}}{2}}", r"\sqrt{2}") == 1.0
+    assert module.compute_score("", r"\boxed{\{2, 1\}}", r"\{1,2\}") == 1.0
     assert module.compute_score("", r"\boxed{x+2}", "x+1") == 0.1
+    for kind, pairs in WRONG_ANSWERS.items():  # what it takes for right is not asked of it
+        assert not [pair for pair in pairs if module.compute_score("", *pair) == 1.0], kind
 
 
 # =========================================== train.sh ===========================================

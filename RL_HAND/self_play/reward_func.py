@@ -11,29 +11,58 @@ formula, a set) is compared by it; else such answers must be equal as text.
 """
 
 import re
+import signal
+import threading
+import unicodedata
 from fractions import Fraction
 from functools import cache
 
 RIGHT, PARTLY, WELL_FORMED, WRONG = 1.0, 0.5, 0.1, 0.0
 MAX_TEXT = 20_000  # characters of a text that are read: its last ones, where the answer is
 MAX_ANSWER = 1_000  # characters of an answer
-MAX_DIGITS = 400  # of a number; what has more is no answer
 EPSILON = 1e-6  # a difference of exactly the margin is no pair, however floats round it
 
-MARK = re.compile(r"\\boxed\s{0,9}\{|####|\banswer\s{0,9}(?:is\b|:|=)", re.IGNORECASE)
-DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-POWER = r"(?:[eE][+-]?[0-9]{1,3}(?![0-9])|\s?(?:\\times|\\cdot|x|\*)\s?10\^\{?[+-]?[0-9]{1,3}\}?)"
-QUANTITY = re.compile(rf"(?P<sign>[+-]?)\s?(?:(?P<whole>[0-9]{{1,9}})\s(?=[0-9]+/))?"
-                      rf"(?P<top>{DIGITS})(?P<power>{POWER})?"
-                      rf"(?:\s?/\s?(?P<bottom>{DIGITS}))?\s?(?P<percent>%)?")
+# Marks of an answer, the surest first; of several the last counts.
+BOX = re.compile(r"\\(?:boxed|fbox)(?:\s{0,9}\{|\s{1,9}(?=[^\s{]))")
+TAG = re.compile(r"<answer>", re.IGNORECASE)
+HASHES = re.compile(r"####(?!#)")
+PHRASE = re.compile(  # in English and in Chinese
+    r"(?:\banswer\b|\u7b54\u6848)[\s*_]{0,9}(?:[:=\uff1a\u662f\u4e3a]|(?:is|equals|comes (?:out )?"
+    r"to|(?:would|should|must|will|has to) be)\b)[\s:\uff1a*_]{0,9}", re.IGNORECASE)
+BEFORE = re.compile(  # what may stand before a number in an answer that is this number
+    r"(?:[A-Za-z]\w{0,9}\s?=|[=+~\u2248$\s]|(?:about|approx(?:imately|\.)?|around|roughly|exactly|"
+    r"equals?|to|just|only|thus|therefore|so|USD|US|EUR|GBP|INR|CNY|JPY|Rs\.?)(?![A-Za-z]))*", re.I)
+AFTER = re.compile(  # and behind it: a unit, decoration
+    r"(?:\s|[^\W\d]|\\?[-/.\xb7*](?=\s?[A-Za-z])|[%'!?.\xb0$\u20ac\xa3]|[^\w\s\x21-\x7e])*")
+SECONDS = {"s": 1, "min": 60, "h": 3600, "day": 86_400, "week": 604_800}
+UNITS = {  # name -> (what it measures, how many of the first unit it is)
+    **{name: ("length", size) for name, size in (
+        ("mm", Fraction(1, 1000)), ("cm", Fraction(1, 100)), ("m", 1), ("km", 1000),
+        ("in", Fraction("0.0254")), ("ft", Fraction("0.3048")), ("yd", Fraction("0.9144")),
+        ("mi", Fraction("1609.344")))},
+    **{name: ("mass", size) for name, size in (
+        ("mg", Fraction(1, 1000)), ("g", 1), ("kg", 1000), ("lb", Fraction("453.59237")),
+        ("oz", Fraction("28.349523125")))},
+    **{name: ("volume", size) for name, size in (("ml", Fraction(1, 1000)), ("l", 1))},
+    **{name: ("time", size) for name, size in SECONDS.items()},
+    "am": ("am", 1), "pm": ("pm", 1), "$": ("dollars", 1), "cent": ("dollars", Fraction(1, 100)),
+    "\u20ac": ("euros", 1), "\xa3": ("pounds", 1)}
+NAMES = {  # other names of units, without a plural's s
+    "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km", "centimeter": "cm",
+    "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "inch": "in", "inche": "in",
+    "foot": "ft", "feet": "ft", "yard": "yd", "mile": "mi", "gram": "g", "kilogram": "kg",
+    "kilo": "kg", "milligram": "mg", "pound": "lb", "ounce": "oz", "liter": "l", "litre": "l",
+    "milliliter": "ml", "millilitre": "ml", "second": "s", "sec": "s", "minute": "min", "hour": "h",
+    "hr": "h", "dollar": "$", "usd": "$", "euro": "\u20ac", "eur": "\u20ac"}
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     """The score of one answer: 1.0 right; 0.5 partly right: right but for its sign, or for one of
     two or more digits; 0.1 wrong, but an answer was named; 0.0 otherwise.
 
-    An answer is named by \\boxed{...}, "#### ..." or "Answer: ..." (also "the answer is"); the last
-    one counts, and where there is none, the last number. `ground_truth` may be the bare answer or a
+    An answer is named by \\boxed{...}, <answer>...</answer>, "#### ..." or "Answer: ..." (also "the
+    answer is"): the first of these that there is, and of several the last; where there is none, the
+    last number. What stands before </think> is not read. `ground_truth` may be the bare answer or a
     worked solution that ends with it. data_source and extra_info are for functions that treat data
     sets differently; this one does not.
 
@@ -78,28 +107,78 @@ def get_preference_pairs(responses, ground_truth, data_source, margin=0.1):
 
 
 def final_answer(text):
-    """The answer in a text, and whether it is named as one: (answer or None, bool)."""
+    """The answer in a text, and whether it is named as one: (answer or None, bool).
+
+    >>> final_answer("<think>Answer: 3</think>The answer is **17**, since 20 - 3 = 17.")
+    ('17', True)
+    """
     text = text[-MAX_TEXT:]
-    marks = list(MARK.finditer(text))
-    if marks:
-        start = marks[-1].end()
-        if marks[-1][0].startswith("\\"):
-            inside = in_braces(text, start)
-            if inside is not None:
-                return clean(inside), True
-        line = text[start:start + MAX_ANSWER].strip().split("\n")[0]
-        return clean(re.split(r"\.(?=\s|$)", line)[0].rsplit("=", 1)[-1]), True
-    numbers = list(QUANTITY.finditer(without_subtraction(clean(text))))
-    return (numbers[-1][0], False) if numbers else (None, False)
+    answer = text.rpartition("</think>")[2]
+    text = answer if answer.strip() else text  # nothing behind the reasoning: then what is in it
+    for mark in (BOX, TAG, HASHES):
+        if found := list(mark.finditer(text)):
+            start = found[-1].end()
+            if mark is BOX:
+                inside = in_braces(text, start) if found[-1][0].endswith("{") else \
+                    re.match(r"[^\s$]{0,99}", text[start:])[0]
+                if inside is not None:
+                    return clean(inside), True
+            if mark is TAG:
+                inside = text[start:start + MAX_ANSWER].partition("</")[0]
+                phrase = PHRASE.search(inside)
+                return clean(inside[phrase.end():] if phrase else inside), True
+            return named_answer(text[start:]), True
+    if found := list(PHRASE.finditer(text)):
+        behind = [(each[0], text[each.end():][:MAX_ANSWER]) for each in found[-20:]]
+        direct = [rest for _, rest in behind if quantity(line_of(rest))]  # a number is the answer
+        marked = [rest for mark, rest in behind if re.search(r"[:=\uff1a]", mark)]
+        return named_answer((direct or marked or [behind[-1][1]])[-1]), True
+    return last_quantity(text), False
+
+
+def line_of(text):
+    """The rest of the line behind a phrase, less an explanation.
+
+    >>> line_of("3 + 82 = 85. Check: 85 - 3 = 82"), line_of("17, because it is odd")
+    ('85', '17')
+    """
+    lines = [clean(line) for line in text[:MAX_ANSWER].lstrip().split("\n")[:4]]
+    line = re.sub(r"(?<=\d)\s*\([^()]*\)", "", next(filter(None, lines), ""))  # 42 (6 x 7)
+    line = re.split(r"(?<!\bRs)\.(?=\s|$)|\u3002|[,;:]?\s(?:because|since|as|which|so|where)\b|"
+                    r"[,;]\s(?=[A-Za-z]{2})", line + " ")[0].rsplit("=", 1)[-1]
+    return clean(PHRASE.sub("", line))
+
+
+def named_answer(text):
+    """What follows a phrase; if that is prose, its last number.
+
+    >>> named_answer("42 apples"), named_answer("Ann has 42 apples."), named_answer("x + 42")
+    ('42 apples', '42 apples', 'x + 42')
+    """
+    line = line_of(text)
+    prose = re.search(r"[A-Za-z]{2}[\s-][A-Za-z]{2}[^\d]*\d|^[A-Za-z -]{2,60}\(", line)
+    return last_quantity(line) or line if prose and not quantity(line) else line
+
+
+def last_quantity(text):
+    """A text's last number with the unit behind it, or None."""
+    for part in (clean(text[-MAX_ANSWER:]), text):  # it is seldom further from the end
+        if found := [each for each in NUMBER.finditer(part) if each["no"] is None]:
+            rest = re.split(r"[.,;:)](?=\s|$)|\n", part[found[-1].start():][:99] + " ")[0]
+            return rest.strip() if quantity(rest) else found[-1][0]
+    return None
 
 
 def true_answer(text):
     """The answer of a reference: the one that it names, or the whole text, or in prose the last
     number."""
-    if MARK.search(text[-MAX_TEXT:]):
+    text = text[-MAX_TEXT:]
+    if any(mark.search(text) for mark in (BOX, TAG, HASHES, PHRASE)):
         return final_answer(text)[0]
-    prose = re.search(r"[A-Za-z]{2}\s{1,9}[A-Za-z]{2}|[0-9]\s{1,9}[A-Za-z]{2}", text[-MAX_TEXT:])
-    return (final_answer(text)[0] or clean(text)) if prose else clean(text)
+    text = text.rpartition("</think>")[2]
+    whole = clean(text[-MAX_ANSWER:])
+    prose = re.search(r"[A-Za-z]{2}\s{1,9}[A-Za-z]{2}|[0-9]\s{1,9}[A-Za-z]{2}", text)
+    return (last_quantity(text) or whole) if prose and not quantity(whole) else whole
 
 
 def in_braces(text, start):
@@ -112,77 +191,159 @@ def in_braces(text, start):
     return None
 
 
-def without_subtraction(text):
-    """The text with a space behind each minus that subtracts: in 12-5 the last number is 5."""
-    return re.sub(r"(?<=[0-9)])(\s?)-(?=[0-9.])", r"\1- , ", text)
-
-
 def clean(text):
-    """A text in plain characters: LaTeX's fractions, signs, spaces, units and currency undone.
+    """A text in plain characters: LaTeX's fractions, spaces and fonts, tags, quotes undone.
 
-    >>> clean(r"$-\\dfrac{1{,}000}{3}\\,\\text{cm}$"), clean(r"3\\frac12"), clean("50\\\\%")
-    ('-1,000/3  cm', '3 1/2', '50%')
+    >>> clean(r"$-\\dfrac{1{,}000}{3}\\,\\text{cm}$"), clean(r"3\\frac12"), clean("**50\\\\%**")
+    ('-1,000/3 cm', '3 1/2', '50%')
     """
-    for old, new in (("\N{MINUS SIGN}", "-"), ("{,}", ","), ("\\%", "%"), ("\\$", ""), ("$", ""),
-                     ("\\left", ""), ("\\right", ""), ("\\!", ""), ("\N{DEGREE SIGN}", ""),
-                     ("\N{EURO SIGN}", ""), ("\N{POUND SIGN}", ""), ("^\\circ", ""),
-                     ("^{\\circ}", "")):
+    text = text[:MAX_ANSWER]
+    if not text.isascii():  # raised digits are a power, 2\xbd is 2 1/2, wide characters are plain
+        text = re.sub("([\u2070\xb9\xb2\xb3\u2074-\u2079\u207b]+)|([\xbc-\xbe\u2150-\u215e])",
+                      lambda found: ("^" if found[1] else " ") + found[0], text)
+        text = unicodedata.normalize("NFKC", text).translate(str.maketrans(
+            "\u2010\u2011\u2012\u2013\u2014\u2212\u2044\u201c\u201d\u2018\u2019", "------/\"\"''"))
+    text = re.sub(r"</?[A-Za-z|][\w|]{0,20}\s?/?>", "", text)  # tags, and <|im_end|>
+    for old, new in (("{,}", ","), (",\\!", ","), ("\\%", "%"), ("\\$", "\0"), ("\\left", ""),
+                     ("\\right", ""), ("\\!", ""), ("^\\circ", "\xb0"), ("^{\\circ}", "\xb0"),
+                     ("\\degree", "\xb0"), ("\\displaystyle", ""), ("\\textstyle", ""),
+                     ("\\approx", ""), ("\\(", ""), ("\\)", ""), ("\\[", ""), ("\\]", ""),
+                     ("\\over", "/"), ("\\cdot", "*"),
+                     ("`", "")):
         text = text.replace(old, new)
+    text = re.sub(r"\$([^$]*)\$", r"\1", text).replace("$$", "").replace("\0", "$")
     text = re.sub(r"(?<![0-9A-Za-z)])\*\*|\*\*(?![0-9A-Za-z(])", "", text)  # bold, no power
-    text = re.sub(r"\\[,;: ]|~", " ", text)
-    text = re.sub(r"\\(?:text|mathrm|mbox|textbf)\s?\{([^{}]{0,99})\}", r" \1", text)
-    text = re.sub(r"\\[dtc]?frac", r"\\frac", text)
-    text = re.sub(r"\\frac\s?([0-9])\s?([0-9])", r"\\frac{\1}{\2}", text)
-    text = re.sub(r"(?<=[0-9])\s?\\frac", r" \\frac", text)
-    text = re.sub(r"\\frac\s?\{([^{}]{1,99})\}\s?\{([^{}]{1,99})\}",
-                  lambda f: "/".join(p if re.fullmatch(r"\s*[\w.,]+\s*", p) else f"({p})"
-                                     for p in f.groups()), text)
-    return text.strip(" \n\t,;:").rstrip(".,;: \n\t")
+    for _ in range(3):  # one in the other
+        text = re.sub(r"\\(?:text|math|mbox|boxed|fbox|operatorname)[a-z]{0,6}\s?\{([^{}]{0,99})\}",
+                      r" \1", text)
+    part = r"\s?(?:\{\s?(-?)([^{}]{1,99}?)\s?\}|()([0-9]))"
+    text = re.sub(rf"(-?)\\[dtc]?frac{part}{part}", fraction, text)
+    text = re.sub(r"(?:\\[,;: ]|[~ \t])+", " ", text)
+    while True:
+        shorter = text.strip(" \n\t,;:\"'*_#|").rstrip(".\\")
+        if len(shorter) > 1 and shorter[0] + shorter[-1] in ("()", "{}", "[]") and not re.search(
+                r"[(){}\[\],]", shorter[1:-1]):
+            shorter = shorter[1:-1]
+        if shorter == text:
+            return text
+        text = shorter
+
+
+def fraction(found):
+    """What \\frac{a}{b} is in plain characters: a/b behind a space, with one sign before it."""
+    sign, *parts = (found[i] or "" for i in range(1, 10))
+    minus, top, below_minus, below = (parts[i] or parts[i + 2] for i in (0, 1, 4, 5))
+    sign = "-" * ([sign, minus, below_minus].count("-") % 2)
+    top, below = (part if re.fullmatch(r"[\w.,]+", part) else f"({part})" for part in (top, below))
+    return f" {sign}{top}/{below}" if sign else f" {top}/{below}"
 
 
 # ========================================== Comparing it ==========================================
 
 
-def quantity(text):
-    """A number's (value as a Fraction, its digits, whether in per cent), or None if it is none.
+NUMBER = re.compile(r"""(?=[^\sA-Za-z])(?<![A-Za-z\d^\u221a])(?<!\d[.:/]|[A-Za-z\d)}]_|\^-)
+    (?<![A-Za-z)\]}]/|[\^_c}]\{)(?<!rt\{|\^\{-)  # part of no word, date, index, power or root
+    (?:(?<![A-Za-z\d.)\]}])([-\u2010-\u2014\u2212\uff0d])(?:(?<=[=:]\ .)\ )?)?  # sign
+    \\?[$\xa3\xa5\u20ac\u20b9]?(?:(\d{1,9})\ ?(?=\\\d|(?<=\ )\d++/))?\\?  # currency; whole
+    ((?>\d{1,3}(?:(?:,|\{,\}|,?\\[,;:!\ ]|[~'\ \xa0\u2009\u202f])\d{3})+(?!\d)|\d+)(?:\.\d+)?+
+      |(?<!\.)\.\d++)(?:\ ?(?:/|\\over)\ ?((?=[\d,]*\.?0*[1-9])\d[\d,]*+(?:\.\d+)?+))?
+    (?:[eE]([+-]?\d\d?)(?!\d)|(?:\ ?(?:\\times|\\cdot|[*x\xb7\xd7\u22c5])\ ?(10))?
+      \^\{?(-?\d\d?)(?!\d)\}?)?(?:[\ -]?((?i:hundred|thousand|million|billion)|[kM]\b))?
+    (?P<no>[.:/]\d|\ ?\^(?!\{?\\circ)|\ ?\\?(?i:pi|sqrt|.?frac|squared|cubed|trillions?)(?![a-z])
+      |[\xb2\xb3\xb9\xbc-\xbe\u03c0\u2070-\u207f\u221a\u4e07\u4ebf]|\ ?[x*\xd7]\ ?10[\xb2-\u2079]
+      |(?<=[\d,.]{400})|(?!(?:[ckm]?m|[km]?g|lbs?|oz|ft|in|mi|m?[lL]|s|mins?|hr?s?|mph|[ap]m|st|nd
+      |rd|th)(?![A-Za-z]))[A-Za-z])?""", re.VERBOSE)  # `no`: part of a formula, or too long
 
-    A unit behind it, "x =" before it and parentheses around it do not count.
 
-    >>> quantity("1,234.50"), quantity("3 1/2")[0], quantity("2e3")[0], quantity("x+1")
-    ((Fraction(2469, 2), '1234.5', False), Fraction(7, 2), Fraction(2000, 1), None)
+def last_number(text):
+    r"""The last number in a text, as a Fraction, or None. A minus counts unless it subtracts, a
+    factor multiplies, digits are joined in threes only, a letter that is no unit makes it none.
+
+    >>> [str(last_number(text)) for text in ("-1,234.50", "12-5", r"1\frac12", "2 million", "5x")]
+    ['-2469/2', '5', '3/2', '2000000', 'None']
     """
-    text = re.sub(r"^\s*[A-Za-z]\s*=", "", text[:MAX_ANSWER]).strip()
-    while len(text) > 1 and text[0] + text[-1] in ("()", "{}", "[]"):
-        text = text[1:-1].strip()
-    found = QUANTITY.match(text)
-    if not found or not re.fullmatch(r"(?:\s?[A-Za-z][A-Za-z ./]*)?", text[found.end():]):
+    part = r"\{? *(-?)((?<=[{ -])[\d.,]+|\d) *\}?"
+    text = re.sub(rf"\\[cdt]?frac *{part} *{part}", r"\1\3\\\2/\4", text)  # 1\frac12 -> 1\1/2
+    tail = re.search(r"\d(?:[^A-Za-z\n]|[eExX]|semit|todc|revo)*+", text[::-1])  # is enough, mostly
+    for start in (len(text) - tail.end(), 0) if tail else ():
+        if found := [each for each in NUMBER.finditer(text, start) if each["no"] is None]:
+            minus, whole, top, below, e, ten, power, factor, _ = found[-1].groups("")
+            top, below = (re.sub(r"[^\d.]", "", digits) for digits in (top, below))
+            value = Fraction(top) / Fraction(below) + int(whole or 0) if below else Fraction(top)
+            value = value and value ** int(power) if power and not ten else value
+            zeros = {"": 0, "h": 2, "t": 3, "k": 3, "m": 6, "b": 9}[factor[:1].lower()]
+            zeros += int(e or ten and power or 0)
+            value = value * Fraction(10) ** zeros if zeros else value
+            return -value if minus else value
+
+
+def quantity(text):
+    """A number's (value as a Fraction, its digits, whether in per cent, unit or None), or None if
+    the text is anything else. The unit is (what it measures, its size).
+
+    >>> quantity("1,234.50"), quantity("x = 3 1/2")[0], quantity("2 km")[3], quantity("x+1")
+    ((Fraction(2469, 2), '1234.5', False, None), Fraction(7, 2), ('length', 1000), None)
+    """
+    text = clean(text)
+    found = NUMBER.search(text)
+    if not found or found["no"] is not None or not BEFORE.fullmatch(text[:found.start()]):
         return None
-    parts = [found[name] for name in ("top", "bottom")]
-    if sum(len(part or "") for part in parts) > MAX_DIGITS:
+    rest = re.sub(r"\([^()]*\)", "", text[found.end():]).rstrip(")}] ")
+    power = re.search(r"(?<=[A-Za-z])\s?\^\{?([23])\}?", rest)
+    rest = re.sub(r"(?<=[A-Za-z])\s?\^\{?-?[0-9]\}?", "", rest)
+    words = re.findall(r"[A-Za-z]+", rest.lower())
+    if not AFTER.fullmatch(rest) or {"or", "and", "to"} & set(words):
         return None
-    top, bottom = (Fraction(part.replace(",", "")) if part else Fraction(1) for part in parts)
-    if bottom == 0:
-        return None
-    if found["power"]:
-        top *= Fraction(10) ** int(re.search(r"[+-]?[0-9]+(?=\}?$)", found["power"])[0])
-    value = (top / bottom + int(found["whole"] or 0)) * (-1 if found["sign"] == "-" else 1)
-    digits = parts[0].replace(",", "").lstrip("0")
+    unit = NAMES.get(words[0].removesuffix("s"), words[0].removesuffix("s") or "s") if words else ""
+    unit = "$" if "$" in found[0] or re.search(r"USD|US\s?$", text[:found.start()]) else unit
+    if len(words) == 1 and len(words[0]) == 1 and unit not in UNITS and unit not in "cfknjwvas":
+        return None  # 5 x
+    if unit in UNITS and len(words) < 2:
+        unit = (UNITS[unit][0] + (power[1] if power else ""),
+                UNITS[unit][1] ** int(power[1] if power else 1))
+    else:
+        unit = None
+    value, plain = last_number(text[:found.end()]), re.fullmatch(r"[-\s\\$]*([\d,.]+)", found[0])
+    digits = plain[1].replace(",", "").lstrip("0") if plain else ""
     digits = digits.rstrip("0").rstrip(".") if "." in digits else digits
-    plain = not (found["power"] or found["bottom"])
-    return value, digits if plain else "", bool(found["percent"])
+    return value, digits, rest.startswith("%") or words[:1] == ["percent"], unit
 
 
 def is_same(answer, truth):
-    """Whether two answers are equal: as numbers (50% is 0.5, and 50 where per cent are meant), as
-    text, or else as math-verify sees it."""
+    """Whether two answers are equal: as numbers (50% is 0.5, and 50 where per cent are meant) whose
+    units do not differ, as text, as lists of such, or else as math-verify sees it.
+
+    >>> [is_same(answer, "5 km") for answer in ("5000 m", "5 m", "5", "5x")]
+    [True, False, True, False]
+    """
     one, other = quantity(answer), quantity(truth)
     if one and other:
+        if one[3] and other[3]:
+            return one[3][0] == other[3][0] and one[0] * one[3][1] == other[0] * other[3][1]
         if one[0] == other[0]:
             return True
         return one[2] != other[2] and (one if one[2] else other)[0] / 100 == \
             (other if one[2] else one)[0]
-    plain = [re.sub(r"[\s()]", "", text).casefold() for text in (answer, truth)]
-    return plain[0] == plain[1] != "" or is_same_formula(answer, truth)
+    plain = [as_text(text) for text in (answer, truth)]
+    if plain[0] == plain[1]:
+        return plain[0] != ""
+    lists = [re.fullmatch(r"([(\[{])(.{1,200})([)\]}])", text) for text in plain]
+    if all(lists) and lists[0].group(1, 3) == lists[1].group(1, 3):
+        parts = [found[2].split(",") for found in lists]
+        if len(parts[0]) == len(parts[1]) > 1:
+            return all(quantity(a) and quantity(b) and is_same(a, b) for a, b in zip(*parts))
+    if bool(one) != bool(other) and not re.search(r"[-+*/^]|\\[a-z]", answer + truth):
+        return False  # math-verify takes 2ab for 2, and what it does not know for a unit
+    both = "".join(plain)
+    if "," in both and "\\" not in both and plain[0][:1] != plain[1][:1]:
+        return False  # and 1, 2 for a point
+    return is_same_formula(answer, truth)
+
+
+def as_text(text):
+    """A text without what does not matter: case, spaces that part no words, braces of one sign."""
+    text = re.sub(r"(?<![^\W_])\s+|\s+(?![^\W_])", "", clean(text)).casefold()
+    return re.sub(r"(?<=[\^_])\{(\w)\}", r"\1", text)
 
 
 def is_close(answer, truth):
@@ -208,16 +369,20 @@ def math_verify():
 
 def is_same_formula(answer, truth):
     """Whether math-verify, if it is installed, finds two formulas equal. It computes: so what is
-    long, or would make huge numbers (towers of powers, factorials, sums), is not given to it."""
+    long, or would make huge numbers (towers of powers, factorials, sums), is not given to it, and
+    its clock of a second is needed: an alarm, which only a main thread has, and not Windows."""
     package = math_verify()
+    if (package is None or not hasattr(signal, "setitimer")
+            or threading.current_thread() is not threading.main_thread()):
+        return False
     for text in (answer, truth):
         powers = text.count("^")
-        small = len(re.findall(r"\^(?:[0-9a-z]|\{[+-]?(?:[0-9]{1,2}|[a-z])\})(?![0-9])", text))
-        if (package is None or len(text) > 200 or powers > 2 or small < powers
+        small = len(re.findall(r"\^(?:[0-9a-z]|\{[+-]?[0-9a-z]\})(?![0-9])", text))
+        if (len(text) > 200 or powers > 2 or small < powers
                 or re.search(r"\*\*|!|[0-9]{7}|\\(?:sum|prod|int|lim|binom)", text)):
             return False
     try:
-        wanted, given = (package.parse(f"${text}$") for text in (truth, answer))
-        return bool(package.verify(wanted, given))
+        wanted, given = (package.parse(f"${text}$", parsing_timeout=1) for text in (truth, answer))
+        return bool(package.verify(wanted, given, timeout_seconds=1))
     except Exception:  # its parsers raise whatever they like on what is no formula
         return False
