@@ -6,16 +6,18 @@
 A step is gspo.py's, embedded profile and random rewards: rollout, the reference's log-probs, 4
 updates. Weights are random and nothing ends: every completion has its full length. One thing is
 changed at a time, from 64 completions of 32 tokens, 8 a prompt, and the embedded policy's shape
-with a vocabulary of 512. Each point is a process of its own: the median of three steps behind a
-warm-up (of one, if it takes 20 s), and what the process's memory grew by at most during them
-(VmHWM of /proc/self/status).
+with a vocabulary of 512. Each point is a process of its own: CPU seconds on one thread, the median
+of five steps behind a warm-up (of fewer, if they take 20 s), and what the process's memory grew by
+at most during them (VmHWM of /proc/self/status).
 """
 
 import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from common import ROOT, facts, import_gspo, load_policy, make_rows, steps
 from matplotlib.figure import Figure
@@ -50,8 +52,9 @@ def memory(name):
 
 
 def measure(point):
-    """Seconds of a step, and the MB by which the process grew in it."""
+    """CPU seconds of a step, and the MB by which the process grew in it."""
     gspo, count = import_gspo(), point["completions"]
+    gspo.time = SimpleNamespace(perf_counter=time.process_time)
     gspo.configure(["PROFILE=embedded", "DEVICE=cpu", f"BATCH_SIZE={count // GROUP}",
                     f"GROUP_SIZE={GROUP}", f"MAX_NEW_TOKENS={point['length']}",
                     f"MINIBATCH={count // 2}", f"MICRO_BATCH={point['micro_batch']}"])
@@ -66,11 +69,11 @@ def measure(point):
     gspo.MAX_NEW_TOKENS = point["length"]
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts from here
     before = memory("VmRSS")
-    found = [step()]
-    while len(found) < 3 and found[0]["seconds"] < 20:
-        found.append(step())
-    middle = {name: statistics.median(one[name] for one in found)
-              for name in ("seconds", "time/rollout", "time/logps", "time/update")}
+    found, began = [], time.perf_counter()
+    while len(found) < 5 and time.perf_counter() - began < 20 or not found:
+        found.append({name: value for name, value in step().items() if name.startswith("time/")})
+    middle = {name: statistics.median(one[name] for one in found) for name in found[0]}
+    middle["seconds"] = sum(middle.values())
     inside = sum(p.numel() for p in policy.parameters()) - point["vocabulary"] * point["width"]
     return middle | {"MB": memory("VmHWM") - before, "parameters": inside / 1e6}
 
@@ -95,8 +98,11 @@ def draw(results, file):
                 last = points[-1][name]
                 axes.plot(x, [last * n / x[-1] for n in x], linestyle="--", linewidth=0.8,
                           color=line.get_color())
-            axes.set(xscale="log", yscale="log", ylabel="MB" if "MB" in names else "seconds")
-            axes.set_xlabel(title, fontsize=8)
+            axes.set(xscale="log", yscale="log", ylabel="MB" if "MB" in names else "CPU seconds")
+            axes.minorticks_off()
+            axes.set_xticks(x, [f"{n:,}" if type(n) is int else f"{n:.2g}" for n in x], fontsize=8)
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.set_xlabel(title.replace(", one", ",\none"), fontsize=9)
             axes.grid(alpha=0.25)
             axes.legend(fontsize=8, frameon=False)
     figure.savefig(file, dpi=90)
