@@ -30,7 +30,7 @@ plain loop, many times slower on a GPU than an inference engine.
     torchrun --nproc_per_node=2 RL_HAND/gspo/gspo.py           # the same, shared by two GPUs
     python RL_HAND/gspo/gspo.py --help
 
-One CPU core, small models: 0.9 s a step, 1.5 minutes of training, 1.2 GB of memory. A GPU with
+One CPU core, small models: 1.1 s a step, 2.5 minutes with evaluations, 0.8 GB. A GPU with
 Qwen3-0.6B: not run yet; estimated 14 GB, with LORA_RANK=16 5 GB (benchmarks/memory.py).
 """
 

@@ -29,7 +29,7 @@ plain loop, many times slower on a GPU than an inference engine.
     torchrun --nproc_per_node=2 RL_HAND/ppo/ppo.py           # the same, shared by two GPUs
     python RL_HAND/ppo/ppo.py --help
 
-One CPU core, small models: 1.3 s a step, 2.5 minutes of training, 1.2 GB of memory. A GPU with
+One CPU core, small models: 1.3 s a step, 2.5 minutes of training, 0.9 GB of memory. A GPU with
 Qwen3-0.6B: not run yet.
 """
 
