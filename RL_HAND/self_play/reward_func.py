@@ -30,23 +30,20 @@ PHRASE = re.compile(  # in English and in Chinese
     r"(?:\banswer\b|\u7b54\u6848)[\s*_]{0,9}(?:[:=\uff1a\u662f\u4e3a]|(?:is|equals|comes (?:out )?"
     r"to|(?:would|should|must|will|has to) be)\b)[\s:\uff1a*_]{0,9}", re.IGNORECASE)
 BEFORE = re.compile(  # what may stand before a number in an answer that is this number
-    r"(?:[A-Za-z]\w{0,9}\s?=|[=+~\u2248$\s]|(?:about|approx(?:imately|\.)?|around|roughly|exactly|"
-    r"equals?|to|just|only|thus|therefore|so|USD|US|EUR|GBP|INR|CNY|JPY|Rs\.?)(?![A-Za-z]))*", re.I)
+    r"(?:[A-Za-z]\w{0,9}\s?=|[=+~\u2248$\xa3\xa5\u20ac\u20b9\s]|(?:about|approx(?:imately|\.)?|"
+    r"around|roughly|exactly|equals?|to|just|only|thus|therefore|so|USD|US|EUR|GBP|INR|CNY|JPY|"
+    r"Rs\.?)(?![A-Za-z]))*", re.IGNORECASE)
 AFTER = re.compile(  # and behind it: a unit, decoration
     r"(?:\s|[^\W\d]|\\?[-/.\xb7*](?=\s?[A-Za-z])|[%'!?.\xb0$\u20ac\xa3]|[^\w\s\x21-\x7e])*")
-SECONDS = {"s": 1, "min": 60, "h": 3600, "day": 86_400, "week": 604_800}
-UNITS = {  # name -> (what it measures, how many of the first unit it is)
-    **{name: ("length", size) for name, size in (
-        ("mm", Fraction(1, 1000)), ("cm", Fraction(1, 100)), ("m", 1), ("km", 1000),
-        ("in", Fraction("0.0254")), ("ft", Fraction("0.3048")), ("yd", Fraction("0.9144")),
-        ("mi", Fraction("1609.344")))},
-    **{name: ("mass", size) for name, size in (
-        ("mg", Fraction(1, 1000)), ("g", 1), ("kg", 1000), ("lb", Fraction("453.59237")),
-        ("oz", Fraction("28.349523125")))},
-    **{name: ("volume", size) for name, size in (("ml", Fraction(1, 1000)), ("l", 1))},
-    **{name: ("time", size) for name, size in SECONDS.items()},
-    "am": ("am", 1), "pm": ("pm", 1), "$": ("dollars", 1), "cent": ("dollars", Fraction(1, 100)),
-    "\u20ac": ("euros", 1), "\xa3": ("pounds", 1)}
+FORMULA = re.compile(  # a number with this behind it is part of another one
+    r"\s?(?:[\u03c0\u221a\u4e07\u4ebf]|[bdeio-rtuxyz]$|\\?(?:pi|sqrt|squared|cubed|trillions?|"
+    r"(?:hundred|thousand|million)ths?)(?![A-Za-z]))", re.IGNORECASE)
+UNITS = {name: (what, Fraction(size)) for what, sizes in {  # how many of its first unit a unit is
+    "length": "m 1 mm 1/1000 cm 1/100 km 1000 in 0.0254 ft 0.3048 yd 0.9144 mi 1609.344",
+    "mass": "g 1 mg 1/1000 kg 1000 lb 453.59237 oz 28.349523125", "volume": "l 1 ml 1/1000",
+    "time": "s 1 min 60 h 3600 day 86400 week 604800", "am": "am 1", "pm": "pm 1",
+    "dollars": "$ 1 cent 1/100", "euros": "\u20ac 1", "pounds": "\xa3 1", "miles an hour": "mph 1",
+    "a place": "st 1 nd 1 rd 1 th 1"}.items() for name, size in re.findall(r"(\S+) (\S+)", sizes)}
 NAMES = {  # other names of units, without a plural's s
     "meter": "m", "metre": "m", "kilometer": "km", "kilometre": "km", "centimeter": "cm",
     "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "inch": "in", "inche": "in",
@@ -162,11 +159,12 @@ def named_answer(text):
 
 def last_quantity(text):
     """A text's last number with the unit behind it, or None."""
-    for part in (clean(text[-MAX_ANSWER:]), text):  # it is seldom further from the end
-        if found := [each for each in NUMBER.finditer(part) if each["no"] is None]:
-            rest = re.split(r"[.,;:)](?=\s|$)|\n", part[found[-1].start():][:99] + " ")[0]
-            return rest.strip() if quantity(rest) else found[-1][0]
-    return None
+    for end in range(len(text), 0, -MAX_ANSWER):  # it is seldom far from the end
+        part = plain_numbers(clean(text[max(0, end - MAX_ANSWER):end]))
+        for found in list(NUMBER.finditer(part))[:-20:-1]:
+            rest = re.split(r"[.,;:)](?=\s|$)|\n", part[found.start():][:99] + " ")[0]
+            if quantity(rest) or not re.match(rf"[A-Za-z]|{FORMULA.pattern}", part[found.end():]):
+                return rest.strip() if quantity(rest) else found[0]
 
 
 def true_answer(text):
@@ -208,8 +206,7 @@ def clean(text):
                      ("\\right", ""), ("\\!", ""), ("^\\circ", "\xb0"), ("^{\\circ}", "\xb0"),
                      ("\\degree", "\xb0"), ("\\displaystyle", ""), ("\\textstyle", ""),
                      ("\\approx", ""), ("\\(", ""), ("\\)", ""), ("\\[", ""), ("\\]", ""),
-                     ("\\over", "/"), ("\\cdot", "*"),
-                     ("`", "")):
+                     ("\\over", "/"), ("\\cdot", "*"), ("`", "")):
         text = text.replace(old, new)
     text = re.sub(r"\$([^$]*)\$", r"\1", text).replace("$$", "").replace("\0", "$")
     text = re.sub(r"(?<![0-9A-Za-z)])\*\*|\*\*(?![0-9A-Za-z(])", "", text)  # bold, no power
@@ -235,78 +232,83 @@ def fraction(found):
     minus, top, below_minus, below = (parts[i] or parts[i + 2] for i in (0, 1, 4, 5))
     sign = "-" * ([sign, minus, below_minus].count("-") % 2)
     top, below = (part if re.fullmatch(r"[\w.,]+", part) else f"({part})" for part in (top, below))
-    return f" {sign}{top}/{below}" if sign else f" {top}/{below}"
+    return f" {sign}{top}/{below}"
 
 
 # ========================================== Comparing it ==========================================
 
 
-NUMBER = re.compile(r"""(?=[^\sA-Za-z])(?<![A-Za-z\d^\u221a])(?<!\d[.:/]|[A-Za-z\d)}]_|\^-)
-    (?<![A-Za-z)\]}]/|[\^_c}]\{)(?<!rt\{|\^\{-)  # part of no word, date, index, power or root
-    (?:(?<![A-Za-z\d.)\]}])([-\u2010-\u2014\u2212\uff0d])(?:(?<=[=:]\ .)\ )?)?  # sign
-    \\?[$\xa3\xa5\u20ac\u20b9]?(?:(\d{1,9})\ ?(?=\\\d|(?<=\ )\d++/))?\\?  # currency; whole
-    ((?>\d{1,3}(?:(?:,|\{,\}|,?\\[,;:!\ ]|[~'\ \xa0\u2009\u202f])\d{3})+(?!\d)|\d+)(?:\.\d+)?+
-      |(?<!\.)\.\d++)(?:\ ?(?:/|\\over)\ ?((?=[\d,]*\.?0*[1-9])\d[\d,]*+(?:\.\d+)?+))?
-    (?:[eE]([+-]?\d\d?)(?!\d)|(?:\ ?(?:\\times|\\cdot|[*x\xb7\xd7\u22c5])\ ?(10))?
-      \^\{?(-?\d\d?)(?!\d)\}?)?(?:[\ -]?((?i:hundred|thousand|million|billion)|[kM]\b))?
-    (?P<no>[.:/]\d|\ ?\^(?!\{?\\circ)|\ ?\\?(?i:pi|sqrt|.?frac|squared|cubed|trillions?)(?![a-z])
-      |[\xb2\xb3\xb9\xbc-\xbe\u03c0\u2070-\u207f\u221a\u4e07\u4ebf]|\ ?[x*\xd7]\ ?10[\xb2-\u2079]
-      |(?<=[\d,.]{400})|(?!(?:[ckm]?m|[km]?g|lbs?|oz|ft|in|mi|m?[lL]|s|mins?|hr?s?|mph|[ap]m|st|nd
-      |rd|th)(?![A-Za-z]))[A-Za-z])?""", re.VERBOSE)  # `no`: part of a formula, or too long
+NUMBER = re.compile(r"""
+    (?:(?<![a-z\d.)}\]])([-\u2013\u2212]))?  # a minus, unless it subtracts
+    \\?[$\xa3\xa5\u20ac\u20b9]?  # a currency
+    (?<![a-z\d^/])(?<!\d:)(?<!\^[-{])(?<!\^\{-)  # not inside a word, a power, a date or a time
+    (?:(\d{1,9})[ \\](?=\d+/))?+  # the 3 of 3 1/2; then its 1, or any number: 5, 0.5, .5, 5e-3
+    ((?:\d{1,99}+(?:\.\d{1,99})?+|(?<![\d.])\.\d{1,99}+)(?:e[+-]?\d{1,3})?+)
+    (?:[ ]?/[ ]?([1-9]\d{0,98}+(?:\.\d{1,99})?+))?+  # the 2 of 3 1/2
+    (?:[ ]?(hundred|thousand|million)s?\b)?+
+    (?!\d|[:/]\d|\^(?!\{?\\circ)  # no digits or power may follow, nor a variable: 5x (5m is fine)
+      |\\?(?:pi|[a-fi-kn-rt-z])(?![a-z]))""", re.VERBOSE | re.IGNORECASE)
 
 
 def last_number(text):
-    r"""The last number in a text, as a Fraction, or None. A minus counts unless it subtracts, a
-    factor multiplies, digits are joined in threes only, a letter that is no unit makes it none.
+    r"""The last number in a text, as a Fraction; None without one. 99 digits are the most.
 
-    >>> [str(last_number(text)) for text in ("-1,234.50", "12-5", r"1\frac12", "2 million", "5x")]
-    ['-2469/2', '5', '3/2', '2000000', 'None']
+    >>> [str(last_number(text)) for text in ("-1,234.50", "12-5", r"3\frac12", "2 million", "5x")]
+    ['-2469/2', '5', '7/2', '2000000', 'None']
     """
-    part = r"\{? *(-?)((?<=[{ -])[\d.,]+|\d) *\}?"
-    text = re.sub(rf"\\[cdt]?frac *{part} *{part}", r"\1\3\\\2/\4", text)  # 1\frac12 -> 1\1/2
-    tail = re.search(r"\d(?:[^A-Za-z\n]|[eExX]|semit|todc|revo)*+", text[::-1])  # is enough, mostly
-    for start in (len(text) - tail.end(), 0) if tail else ():
-        if found := [each for each in NUMBER.finditer(text, start) if each["no"] is None]:
-            minus, whole, top, below, e, ten, power, factor, _ = found[-1].groups("")
-            top, below = (re.sub(r"[^\d.]", "", digits) for digits in (top, below))
-            value = Fraction(top) / Fraction(below) + int(whole or 0) if below else Fraction(top)
-            value = value and value ** int(power) if power and not ten else value
-            zeros = {"": 0, "h": 2, "t": 3, "k": 3, "m": 6, "b": 9}[factor[:1].lower()]
-            zeros += int(e or ten and power or 0)
-            value = value * Fraction(10) ** zeros if zeros else value
-            return -value if minus else value
+    text = re.sub(r"(?<=\d)(?:\{?,\}?|,?\\[,!]|[\u2009\u202f])(?=\d{3}(?!\d))", "", text)  # 1,234
+    part = r" *(?:{([^{}]*)}|(\d))"
+    text = re.sub(rf"\\[dt]?frac{part}{part}", r"\\\1\2/\3\4", text)  # 3\frac{1}{2} -> 3\1/2
+    if found := NUMBER.findall(text):
+        minus, whole, top, bottom, factor = found[-1]
+        value = Fraction(top) / Fraction(bottom) + int(whole or 0) if bottom else Fraction(top)
+        value *= {"": 1, "h": 100, "t": 1000, "m": 10**6}[factor[:1].lower()]
+        return -value if minus else value
+
+
+def plain_numbers(text):
+    """A cleaned text with its numbers as NUMBER reads them. A root makes them part of a word.
+
+    >>> plain_numbers("1 234 567, 3*10^4, 2^{10}, $4k, \u221a2"), plain_numbers("- 3")
+    ('1234567, 3e4, 1024, $4e3, sqrt2', '-3')
+    """
+    text = re.sub(r"(?<![\d.,])\d{1,3}(?:[ ,']\d{3})+(?!\d)",
+                  lambda found: re.sub(r"\D", "", found[0]), text)
+    text = re.sub(r"(?<=\d) ?(?:\\times|[*x\xb7\xd7]) ?10\^\{?(-?\d\d?)\}?(?!\d)", r"e\1", text)
+    text = re.sub(r"(?<![\w.^/])([1-9]\d{0,8})\^\{?(-?\d\d?)\}?(?![\d^])",
+                  lambda found: str(Fraction(int(found[1])) ** int(found[2])), text)
+    text = re.sub(r"(?<=\d) ?(k|M|[Bb]illion)s?\b",
+                  lambda found: {"k": "e3", "M": "e6"}.get(found[1], "e9"), text)
+    text = re.sub(r"(?:\u221a|sqrt) ?[({]?(?=\d)", "sqrt", text)
+    return re.sub(r"(^|[=:(] ?)- (?=[\d.$])", r"\1-", text)
 
 
 def quantity(text):
     """A number's (value as a Fraction, its digits, whether in per cent, unit or None), or None if
     the text is anything else. The unit is (what it measures, its size).
 
-    >>> quantity("1,234.50"), quantity("x = 3 1/2")[0], quantity("2 km")[3], quantity("x+1")
-    ((Fraction(2469, 2), '1234.5', False, None), Fraction(7, 2), ('length', 1000), None)
+    >>> quantity("1,234.50"), quantity("x = 3 1/2")[0], quantity("2 min")[3][0], quantity("x+1")
+    ((Fraction(2469, 2), '1234.5', False, None), Fraction(7, 2), 'time', None)
     """
-    text = clean(text)
-    found = NUMBER.search(text)
-    if not found or found["no"] is not None or not BEFORE.fullmatch(text[:found.start()]):
+    text = plain_numbers(clean(text))
+    found = NUMBER.match(text, BEFORE.match(text).end())
+    if not found:
         return None
     rest = re.sub(r"\([^()]*\)", "", text[found.end():]).rstrip(")}] ")
-    power = re.search(r"(?<=[A-Za-z])\s?\^\{?([23])\}?", rest)
+    power = "".join(re.findall(r"(?<=[A-Za-z])\s?\^\{?([23])", rest)[:1])  # of the unit
     rest = re.sub(r"(?<=[A-Za-z])\s?\^\{?-?[0-9]\}?", "", rest)
-    words = re.findall(r"[A-Za-z]+", rest.lower())
-    if not AFTER.fullmatch(rest) or {"or", "and", "to"} & set(words):
+    if FORMULA.match(rest) or not AFTER.fullmatch(rest):
         return None
+    words = re.findall(r"[A-Za-z]+", rest.lower())
     unit = NAMES.get(words[0].removesuffix("s"), words[0].removesuffix("s") or "s") if words else ""
-    unit = "$" if "$" in found[0] or re.search(r"USD|US\s?$", text[:found.start()]) else unit
-    if len(words) == 1 and len(words[0]) == 1 and unit not in UNITS and unit not in "cfknjwvas":
-        return None  # 5 x
-    if unit in UNITS and len(words) < 2:
-        unit = (UNITS[unit][0] + (power[1] if power else ""),
-                UNITS[unit][1] ** int(power[1] if power else 1))
-    else:
-        unit = None
-    value, plain = last_number(text[:found.end()]), re.fullmatch(r"[-\s\\$]*([\d,.]+)", found[0])
-    digits = plain[1].replace(",", "").lstrip("0") if plain else ""
-    digits = digits.rstrip("0").rstrip(".") if "." in digits else digits
-    return value, digits, rest.startswith("%") or words[:1] == ["percent"], unit
+    unit = "$" if re.search(r"\$|USD|US\b", text[:found.start(3)]) else unit
+    if re.match("[A-Za-z]", rest) and unit not in UNITS:
+        return None  # 2ab
+    known = unit in UNITS and len(words) < 2
+    unit = (UNITS[unit][0] + power, UNITS[unit][1] ** int(power or 1)) if known else None
+    digits = re.fullmatch(r"\W*?0*(\d*(?:\.\d*[1-9])?)\.?0*", found[0])
+    per_cent = rest.startswith("%") or words[:1] == ["percent"]
+    return last_number(found[0]), digits[1] if digits else "", per_cent, unit
 
 
 def is_same(answer, truth):
@@ -320,10 +322,7 @@ def is_same(answer, truth):
     if one and other:
         if one[3] and other[3]:
             return one[3][0] == other[3][0] and one[0] * one[3][1] == other[0] * other[3][1]
-        if one[0] == other[0]:
-            return True
-        return one[2] != other[2] and (one if one[2] else other)[0] / 100 == \
-            (other if one[2] else one)[0]
+        return one[0] == other[0] or one[0] * 100 ** other[2] == other[0] * 100 ** one[2]
     plain = [as_text(text) for text in (answer, truth)]
     if plain[0] == plain[1]:
         return plain[0] != ""
