@@ -10,10 +10,10 @@ Each run is the script as it is, in a process of its own, all with the same cons
 A run that fails is reported, and the rest carried on (exit status 1). Written to OUTPUT:
 comparison.png, comparison.md, comparison.csv. Its own options, beside the scripts' constants:
 
-    SEEDS=3            seeds per algorithm
-    OUTPUT=runs/compare
-    WORKERS=0          runs at a time; 0: one per CPU core, or one where there is a GPU
-    TARGET=0.8         the held-out accuracy to which steps, tokens and seconds are counted
+    SEEDS=3              seeds per algorithm
+    OUTPUT=runs/compare  a folder for one compare.py at a time
+    WORKERS=0            runs at a time; 0: one per CPU core, or one where there is a GPU
+    TARGET=0.8           the held-out accuracy to which steps, tokens and seconds are counted
 """
 
 import contextlib
@@ -22,6 +22,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -51,7 +52,7 @@ def parse(arguments):
     names, folders, constants = [], [], []
     if "--runs" in arguments:
         at = arguments.index("--runs")
-        folders = [a for a in arguments[at + 1:] if "=" not in a]
+        folders = [os.path.expanduser(a) for a in arguments[at + 1:] if "=" not in a]
         arguments = arguments[:at] + [a for a in arguments[at + 1:] if "=" in a]
         if not folders:
             fail("--runs: found no folder behind it; expected run folders, such as runs/gspo")
@@ -78,7 +79,7 @@ def parse(arguments):
         fail(f"{constants[0]}: runs that exist keep their constants; expected none behind --runs")
     if options["SEEDS"] < 1 or options["WORKERS"] < 0:
         fail("expected SEEDS=1 or more and WORKERS=0 or more")
-    options["OUTPUT"] = Path(options["OUTPUT"]).absolute()
+    options["OUTPUT"] = Path(os.path.expanduser(options["OUTPUT"])).absolute()
     return options, list(dict.fromkeys(names)), folders, constants
 
 
@@ -88,15 +89,7 @@ def parse(arguments):
 def constants_of(folder):
     """What a run's folder says of the run, or None: constants.json of its first checkpoint."""
     files = sorted(folder.glob("[!.]*/constants.json"), key=os.path.getmtime)
-    return json.loads(files[0].read_text()) if files else None
-
-
-def steps_done(folder):
-    """The last step in a run's metrics.csv; 0 if there is none."""
-    try:
-        return int((folder / "metrics.csv").read_text().rstrip().rsplit("\n", 1)[-1].split(",")[0])
-    except (OSError, ValueError):
-        return 0
+    return json.loads(files[0].read_text(encoding="utf-8")) if files else None
 
 
 def log_of(folder):
@@ -104,24 +97,42 @@ def log_of(folder):
     return folder.with_name(f"{folder.name}.log")
 
 
-def steps_planned(folder):
-    """How many steps a run is to make, as its start-up block says; 0 if it has not got there."""
-    with contextlib.suppress(OSError):
-        if found := re.search(r"^  steps .* of (\d+) done", log_of(folder).read_text(
-                encoding="utf-8", errors="replace"), re.MULTILINE):
-            return int(found[1])
-    return 0
+def progress_of(folder):
+    """(steps done, steps in all) by the last bar in a run's log, or (0, 0). Not by metrics.csv: on
+    Windows a run could not replace it while it is read here, and would end."""
+    log = log_of(folder)
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    bars = re.findall(r"(\d+)/(\d+) \[[^]\n]*step", text)
+    return tuple(map(int, bars[-1])) if bars else (0, 0)
+
+
+@contextlib.contextmanager
+def claimed(output):
+    """Lock OUTPUT; one line where that, or a file in it, fails. Runs have the lock as their stdin,
+    so it holds to the end of the last one, should compare.py be killed. On Windows no lock is
+    needed: a file that is open cannot be deleted."""
+    windows, file = sys.platform == "win32", output / ".lock"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if windows:
+            file.unlink(missing_ok=True)
+        with file.open("x+b" if windows else "a+b") as lock:
+            if not windows:
+                import fcntl
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield lock
+    except OSError as error:
+        fail(f"OUTPUT={output}: {error}; expected a folder to write to that nothing else uses: no "
+             "other compare.py, no run that one left behind, no program that has a file open")
 
 
 def is_complete(folder, wanted):
     """Whether the folder holds the finished run of the given command-line constants."""
     facts = constants_of(folder)
-    if facts is None:
-        return False
-    if facts["command"][1:] != wanted:
+    if facts and facts["command"][1:] != wanted:
         fail(f"{folder} holds a run with other settings ({' '.join(facts['command'][1:])}); "
              f"expected {' '.join(wanted)}: choose another OUTPUT, or delete it")
-    return (folder / "finished").exists()
+    return bool(facts) and (folder / "finished").exists()
 
 
 def jobs_of(options, names, constants):
@@ -137,52 +148,49 @@ def in_words_of(script, constant):
     return RENAMED.get(script, {}).get(name, name) + equals + value
 
 
-def run_all(options, jobs):
+def run_all(options, jobs, lock):
     """Run what is missing; returns the complete runs' folders and the failures, a line each."""
     try:
         import torch
-        on_gpu = torch.cuda.is_available()
     except ImportError:
         fail("PyTorch is missing; expected the packages of requirements.txt")
-    workers = options["WORKERS"] or (1 if on_gpu else os.cpu_count())
-    threads = str(max(1, os.cpu_count() // workers))
-    waiting, folders, failures = [], [], []
-    for name, folder, arguments in jobs:
-        arguments = [f"OUTPUT_DIR={folder}", *arguments]
-        folders.append(folder)
-        if not is_complete(folder, arguments):
-            waiting.append((name, folder, arguments))
-    running, steps = [], {folder: steps_done(folder) for folder in folders}
-    missing = {folder for _, folder, _ in waiting}
-    for folder in missing:
-        steps[folder] = 0
-    with tqdm(unit="step", desc=f"{len(folders)} runs", ncols=100) as bar:
+    cores = os.cpu_count() or 1
+    workers = options["WORKERS"] or (1 if torch.cuda.is_available() else cores)
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // workers)),
+                        "PYTHONIOENCODING": "utf-8:replace"}  # logs, whatever the terminal is
+    jobs = [(name, folder, [f"OUTPUT_DIR={folder}", *words]) for name, folder, words in jobs]
+    waiting = [job for job in jobs if not is_complete(*job[1:])]
+    for _, folder, _ in waiting:  # before any is started: what is open on Windows stops it
+        log_of(folder).unlink(missing_ok=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+    running, folders, failures = [], [folder for _, folder, _ in jobs], []
+    with (tqdm(unit="step", desc=f"{len(folders)} runs", ncols=100) as bar,
+          contextlib.ExitStack() as ended, contextlib.ExitStack() as stopped):
         while waiting or running:
             while waiting and len(running) < workers:
                 name, folder, arguments = waiting.pop(0)
-                shutil.rmtree(folder, ignore_errors=True)
-                log = log_of(folder)
-                log.parent.mkdir(parents=True, exist_ok=True)
                 command = [sys.executable, str(HERE / name / f"{name}.py"), *arguments]
-                with log.open("w") as output:
-                    process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT,
-                                               env=os.environ | {"OMP_NUM_THREADS": threads})
-                running.append((process, folder, log))
+                with log_of(folder).open("wb") as log:
+                    process = subprocess.Popen(command, stdin=lock, stdout=log, stderr=log, env=env)
+                stopped.callback(process.terminate)  # at Ctrl-C, an error: no run goes on alone
+                ended.callback(process.wait)
+                running.append((process, folder))
             time.sleep(0.5)
-            for process, folder, log in list(running):
-                steps[folder] = steps_done(folder)
-                if process.poll() is not None:
-                    running.remove((process, folder, log))
-                    if process.returncode == 0:
+            for process, folder in list(running):
+                if (status := process.poll()) is not None:
+                    running.remove((process, folder))
+                    if status == 0:
                         (folder / "finished").touch()
                     else:
-                        last = log.read_text(errors="replace").replace("\r", "\n").strip()
-                        failures.append(f"{folder.name} failed (status {process.returncode}): " +
-                                        last.split("\n")[-1])
+                        text = log_of(folder).read_text(encoding="utf-8", errors="replace").strip()
+                        said = re.findall("^error: .*", text, re.MULTILINE) or text.split("\n")
+                        failures.append(f"{folder.name} failed (status {status}): {said[-1]}")
                         bar.write(failures[-1])
-            known = [total for total in map(steps_planned, folders) if total]
+            done, planned = zip(*map(progress_of, folders))
+            known = [total for total in planned if total]
             bar.total = round(len(folders) * np.mean(known)) if known else None
-            bar.n = sum(steps.values())
+            bar.n = sum(done)
             bar.refresh()
     return [folder for folder in folders if (folder / "finished").exists()], failures
 
@@ -351,26 +359,30 @@ def main(arguments):
         print(__doc__)
         return 0
     options, names, folders, constants = parse(arguments)
-    failures = []
-    if names:
-        folders, failures = run_all(options, jobs_of(options, names, constants))
-    if not folders:
-        fail("no run is complete; the logs are in " + str(options["OUTPUT"]))
-    table = pd.concat([read_run(Path(folder)) for folder in folders])
-    output = options["OUTPUT"]
-    output.mkdir(parents=True, exist_ok=True)
-    summary = summarise(table, options["TARGET"])
-    draw(table, output / "comparison.png")
-    summary.to_csv(output / "comparison.csv", index=False)
-    text = markdown(summary)
-    if differences := noise(table):
-        text += "\n\nFinal sampled accuracy, differences:\n\n- " + "\n- ".join(differences)
-    (output / "comparison.md").write_text(text + "\n", encoding="utf-8")
+    output, failures = options["OUTPUT"], []
+    runs = [read_run(Path(folder)) for folder in folders]
+    with claimed(output) as lock:
+        if names:
+            folders, failures = run_all(options, jobs_of(options, names, constants), lock)
+            runs = [read_run(folder) for folder in folders]
+        if not runs:
+            fail(f"no run is complete; the logs are in {output}")
+        table = pd.concat(runs)
+        summary = summarise(table, options["TARGET"])
+        draw(table, output / "comparison.png")
+        summary.to_csv(output / "comparison.csv", index=False)
+        text = markdown(summary)
+        if differences := noise(table):
+            text += "\n\nFinal sampled accuracy, differences:\n\n- " + "\n- ".join(differences)
+        (output / "comparison.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\nin {output}: comparison.png, comparison.md, comparison.csv")
-    for failure in failures:
-        print(failure, file=sys.stderr)
+    sys.stderr.write("".join(f"{failure}\n" for failure in failures))
     return 1 if failures else 0
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what a terminal cannot show stops nothing
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(130))  # the runs are stopped on the way
     sys.exit(main(sys.argv[1:]))

@@ -2,9 +2,11 @@
 and a run of given size, a training pass, a clock."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +31,7 @@ REWARD_PARAMETERS = 435_062_785
 def import_file(path, name=None):
     """A file as a module, by the file's name unless another is given."""
     name = name or path.stem
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, os.path.expanduser(path))
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -126,7 +128,10 @@ def now():
 
 def facts(device):
     """What a measurement depends on: machine, versions, commit."""
-    status, commit = subprocess.getstatusoutput(f'git -C "{ROOT}" rev-parse --short HEAD')
+    commit = ""
+    with suppress(OSError):  # there is no git
+        commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],
+                                capture_output=True, encoding="utf-8", errors="replace").stdout
     return {"device": torch.cuda.get_device_name() if device == "cuda" else
             f"CPU, {torch.get_num_threads()} thread(s)", "torch": torch.__version__,
-            "transformers": transformers.__version__, "commit": "" if status else commit}
+            "transformers": transformers.__version__, "commit": commit.strip()}

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pandas as pd
@@ -117,6 +118,8 @@ def jobs_of(name):
         for script, constants in variants:
             text = "_".join([script, *constants]).replace("'", "").replace(" ", "")
             text = text.replace("{", "").replace("}", "").replace(":", "").replace("/", ".")
+            if len(text) > 120:  # Windows has 260 characters for a whole path
+                text = f"{text[:100]}_{sha256(text.encode()).hexdigest()[:12]}"
             folder = RUNS / f"{text}_seed{seed}"
             jobs.append((script, folder, [f"SEED={seed}", "PROFILE=embedded", *constants]))
     return jobs
@@ -415,18 +418,14 @@ def details(compare, table):
     return compare.markdown(pd.DataFrame(rows))
 
 
-def main(chosen):
-    """Run, draw, print."""
-    compare = import_file(ROOT / "RL_HAND" / "compare.py")
-    for name in chosen:
-        if name not in EXPERIMENTS:
-            compare.fail(f"no experiment {name!r}; expected some of {', '.join(EXPERIMENTS)}")
-    chosen, failures = chosen or list(EXPERIMENTS), []
+def make(compare, chosen, lock):
+    """Run, draw, print; whether a run failed."""
+    failures = []
     for name in chosen:
         print(f"\n## {name}\n", flush=True)
         if name in GAD:
             make_gad_data()
-        folders, failed = compare.run_all({"WORKERS": 0}, jobs_of(name))
+        folders, failed = compare.run_all({"WORKERS": 0}, jobs_of(name), lock)
         failures += failed
         table = pd.concat([compare.read_run(folder) for folder in folders])
         table["algorithm"] = table["algorithm"].str.replace(" PROFILE=embedded", "")
@@ -460,5 +459,16 @@ def main(chosen):
     return bool(failures)
 
 
+def main(chosen):
+    """Make the chosen experiments, or all."""
+    compare = import_file(ROOT / "RL_HAND" / "compare.py")
+    for name in chosen:
+        if name not in EXPERIMENTS:
+            compare.fail(f"no experiment {name!r}; expected some of {', '.join(EXPERIMENTS)}")
+    with compare.claimed(RUNS) as lock:
+        return make(compare, chosen or list(EXPERIMENTS), lock)
+
+
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show stops nothing
     sys.exit(main(sys.argv[1:]))

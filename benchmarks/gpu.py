@@ -16,6 +16,7 @@ logits make greedy decoding part earlier than a trained model does, most of all 
 
 import gc
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -193,8 +194,10 @@ def main(arguments):
         torch.cuda.empty_cache()
     table["seconds in all"] = now() - began
     print(f"\n{table['seconds in all']:.0f} s in all; written to {given['FILE']}")
-    Path(given["FILE"]).write_text(json.dumps(table, indent=1))
+    file = Path(os.path.expanduser(given["FILE"]))
+    file.write_text(json.dumps(table, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show stops nothing
     main(sys.argv[1:])

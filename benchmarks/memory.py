@@ -116,7 +116,8 @@ def peak_bytes(function, device="cpu"):
         function()
     with tempfile.TemporaryDirectory() as folder:
         watch.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+        trace = Path(folder, "trace.json").read_text(encoding="utf-8", errors="replace")
+        events = json.loads(trace)["traceEvents"]
     events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
     now = highest = 0
     for event in events:
@@ -164,6 +165,7 @@ def print_measured(device):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show stops nothing
     if sys.argv[1:] and sys.argv[1].endswith(".py"):
         print_estimate(sys.argv[1], sys.argv[2:])
     else:

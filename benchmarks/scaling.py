@@ -8,10 +8,12 @@ updates. Weights are random and nothing ends: every completion has its full leng
 changed at a time, from 64 completions of 32 tokens, 8 a prompt, and the embedded policy's shape
 with a vocabulary of 512. Each point is a process of its own: CPU seconds on one thread, the median
 of five steps behind a warm-up (of fewer, if they take 20 s), and what the process's memory grew by
-at most during them (VmHWM of /proc/self/status).
+at most during them (VmHWM of /proc/self/status: on Linux; nan elsewhere).
 """
 
 import json
+import math
+import os
 import statistics
 import subprocess
 import sys
@@ -35,6 +37,7 @@ SERIES = {  # title: the points, as what differs from BASE
         {"width": width, "layers": layers}
         for width, layers in ((64, 2), (128, 3), (192, 4), (256, 6), (384, 8))]}
 GROUP = 8
+RESET = Path("/proc/self/clear_refs")  # Linux: of the peak in /proc/self/status
 
 
 def shape_of(point):
@@ -46,8 +49,10 @@ def shape_of(point):
 
 
 def memory(name):
-    """A field of /proc/self/status in MB."""
-    text = Path("/proc/self/status").read_text()
+    """A field of /proc/self/status in MB; NaN where there is no such file, or not to be reset."""
+    if not os.access(RESET, os.W_OK):
+        return math.nan
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(text.split(f"{name}:")[1].split()[0]) / 1e3
 
 
@@ -67,7 +72,8 @@ def measure(point):
     gspo.MAX_NEW_TOKENS = 2
     step()
     gspo.MAX_NEW_TOKENS = point["length"]
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts from here
+    if os.access(RESET, os.W_OK):
+        RESET.write_text("5", encoding="utf-8")  # VmHWM starts from here
     before = memory("VmRSS")
     found, began = [], time.perf_counter()
     while len(found) < 5 and time.perf_counter() - began < 20 or not found:
@@ -98,7 +104,9 @@ def draw(results, file):
                 last = points[-1][name]
                 axes.plot(x, [last * n / x[-1] for n in x], linestyle="--", linewidth=0.8,
                           color=line.get_color())
-            axes.set(xscale="log", yscale="log", ylabel="MB" if "MB" in names else "CPU seconds")
+            axes.set(xscale="log", ylabel="MB" if "MB" in names else "CPU seconds")
+            if any(one[name] > 0 for one in points for name in names):  # not where all are nan
+                axes.set_yscale("log")
             axes.minorticks_off()
             axes.set_xticks(x, [f"{n:,}" if type(n) is int else f"{n:.2g}" for n in x], fontsize=8)
             axes.yaxis.set_major_formatter("{x:g}")
@@ -114,13 +122,15 @@ def main(arguments):
     if "POINT" in given:
         return print(json.dumps(measure(json.loads(given["POINT"]))))
     largest, results = int(given.get("LARGEST", 10**6)), {}
-    file = Path(given.get("FIGURE", ROOT / "benchmarks" / "images" / "scaling.png"))
+    file = Path(os.path.expanduser(
+        given.get("FIGURE", ROOT / "benchmarks" / "images" / "scaling.png")))
     chosen = [(title, BASE | change) for title, changes in SERIES.items() for change in changes
               if max(change.get("completions", 0), change.get("length", 0)) <= largest
               and max(change.get("vocabulary", 0) // 512, change.get("width", 0) // 8) <= largest]
     for title, point in tqdm(chosen, "points"):
         done = subprocess.run([sys.executable, __file__, f"POINT={json.dumps(point)}"],
-                              capture_output=True, text=True, check=True)
+                              capture_output=True, encoding="utf-8", errors="replace",
+                              check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         results.setdefault(title, []).append(found | {"x": x_of(title, point, found)})
     print(f"\n{facts('cpu') | {'device': 'CPU, 1 thread'}}; from {BASE}")
@@ -138,4 +148,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show stops nothing
     main(sys.argv[1:])

@@ -151,4 +151,5 @@ def main(rounds):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show stops nothing
     main(int(sys.argv[1].split("=")[-1]) if len(sys.argv) > 1 else 5)

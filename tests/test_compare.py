@@ -4,11 +4,15 @@ Once it runs two of the scripts as they are. Elsewhere the scripts are stand-ins
 which write what a run writes, and the runs are made up, so that every number is known.
 """
 
+import ast
 import json
 import math
 import os
 import re
+import shutil
+import signal
 import struct
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -83,6 +87,15 @@ def test_what_is_parsed(compare, tmp_path, monkeypatch):
     assert options["TARGET"] == 0.5 and options["OUTPUT"] == tmp_path / "out"
 
 
+def test_a_home_folder_is_found_without_the_shell(compare, tmp_path, monkeypatch):
+    """`OUTPUT=~/x` reaches the program as it is from most shells; no folder "~" is made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    options, _, folders, _ = compare.parse(["--runs", "~/a", "b", "OUTPUT=~/out"])
+    assert options["OUTPUT"] == tmp_path / "out"
+    assert [compare.Path(folder) for folder in folders] == [tmp_path / "a", compare.Path("b")]
+
+
 def test_jobs_go_seed_by_seed(compare, tmp_path):
     """So that a comparison that is stopped has as many seeds of each."""
     jobs = compare.jobs_of({"SEEDS": 2, "OUTPUT": tmp_path}, ["gspo", "ppo"], ["MAX_STEPS=3"])
@@ -154,7 +167,7 @@ def test_two_scripts_from_the_command_to_the_table(compared):
         assert float(row["greedy after"]) == pytest.approx(run["eval/accuracy_greedy"][2], abs=6e-4)
         assert float(str(row["tokens"]).replace(",", "")) == run["num_tokens"][2]
         assert row["peak memory, GB"] == "-"  # it is a GPU's
-        assert (output / f"{name}_seed0.log").read_text().startswith(f"{name}\n")
+        assert (output / f"{name}_seed0.log").read_text(encoding="utf-8").startswith(f"{name}\n")
         assert f"| {name} {settings} | 1 |" in text
     png = (output / "comparison.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
@@ -203,7 +216,7 @@ def test_runs_that_exist(compare, compared, tmp_path, monkeypatch, capsys):
     first = pd.read_csv(output / "comparison.csv")
     pd.testing.assert_frame_equal(again, first.iloc[::-1].reset_index(drop=True))
     assert {p.name for p in (tmp_path / "again").iterdir()} == {
-        "comparison.png", "comparison.md", "comparison.csv"}
+        "comparison.png", "comparison.md", "comparison.csv", ".lock"}
     assert files_of(output) == before
     line = refused(compare, "--runs", str(output / "grpo_seed0"), str(output),
                    f"OUTPUT={tmp_path / 'third'}")
@@ -219,13 +232,12 @@ STAND_IN = f"""
 import json, sys
 from pathlib import Path
 here = Path(__file__)
-with (here.parents[1] / "started").open("a") as file:
+with (here.parents[1] / "started").open("a", errors="surrogateescape") as file:
     file.write(" ".join([here.stem, *sys.argv[1:]]) + "\\n")
 given = dict(argument.split("=", 1) for argument in sys.argv[1:])
 out = Path(given["OUTPUT_DIR"])
 assert not out.exists()
 (out / ".epoch_0").mkdir(parents=True)
-print("  steps     0 of 2 done, 9 an epoch", flush=True)
 facts = {{"script": here.stem, "command": sys.argv}}
 (out / ".epoch_0" / "constants.json").write_text(json.dumps(facts))
 (out / ".epoch_0").rename(out / "epoch_0")
@@ -233,10 +245,17 @@ rows = [",".join({COLUMNS!r})]
 for step in range(3):
     rows.append(",".join(map(str, [step, *[0.5] * 12, 0.25 + step / 10, 0.75])))
     (out / "metrics.csv").write_text("\\n".join(rows) + "\\n")
+    print(f"\\r 50%|#  | {{step}}/2 [00:01<00:01,  1.00s/step, kl 0.5]", file=sys.stderr)
     if step == 1 and (here.parents[1] / f"{{here.stem}}_breaks").exists():
         print("it began well")
         raise SystemExit("error: it is broken")
 """
+
+
+def write_script(scripts, name, text):
+    """A script where compare.py looks for it."""
+    (scripts / name).mkdir(parents=True)
+    (scripts / name / f"{name}.py").write_text(text, encoding="utf-8")
 
 
 @pytest.fixture
@@ -245,8 +264,7 @@ def stand_ins(compare, tmp_path, monkeypatch):
     middle until `mend` is called. No figure: it is drawn elsewhere."""
     scripts = tmp_path / "scripts"
     for name in ("good", "bad", "other"):
-        (scripts / name).mkdir(parents=True)
-        (scripts / name / f"{name}.py").write_text(STAND_IN)
+        write_script(scripts, name, STAND_IN)
     (scripts / "bad_breaks").touch()
     monkeypatch.setattr(compare, "HERE", scripts)
     monkeypatch.setattr(compare, "draw", lambda table, file: file.touch())
@@ -258,7 +276,8 @@ def stand_ins(compare, tmp_path, monkeypatch):
         return lines
     return SimpleNamespace(main=lambda *arguments: compare.main(
         [*arguments, f"OUTPUT={tmp_path / 'out'}", "WORKERS=1"]),
-        output=tmp_path / "out", starts=starts, mend=(scripts / "bad_breaks").unlink)
+        scripts=scripts, output=tmp_path / "out", starts=starts,
+        mend=(scripts / "bad_breaks").unlink)
 
 
 def test_a_run_that_fails_is_reported_and_the_rest_carried_on(stand_ins, capsys):
@@ -322,6 +341,315 @@ def test_runs_get_their_share_of_the_cores(compare, stand_ins, monkeypatch):
     monkeypatch.setattr(compare.os, "cpu_count", lambda: 6)
     compare.main(["good", "other", "SEEDS=1", "WORKERS=2", f"OUTPUT={stand_ins.output}"])
     assert threads == [("3", sys.executable, "good.py"), ("3", sys.executable, "other.py")]
+    monkeypatch.setattr(compare.os, "cpu_count", lambda: None)  # not every system says it
+    compare.main(["good", "SEEDS=1", "WORKERS=0", f"OUTPUT={stand_ins.output / 'more'}"])
+    assert threads[2:] == [("1", sys.executable, "good.py")]
+
+
+@pytest.mark.parametrize("text, progress", [
+    ("", (0, 0)), ("gspo\n  steps     0 of 100 done, 50 an epoch\n", (0, 0)),
+    ("\r  0%|          | 0/100 [00:00<?, ?step/s]", (0, 100)),
+    ("\r  2%|2 | 2/100 [00:02<01:51,  1.14s/step, reward 0.5]\r  3%|3 | 3/100 [00:03<01:51,  "
+     "1.14step/s, reward 0.5]\n\rrollout:  50%|5 | 30/60 [00:01<00:01, 20.1it/s]", (3, 100))])
+def test_how_far_a_run_is_stands_in_its_log(compare, tmp_path, text, progress):
+    assert compare.progress_of(tmp_path / "run") == (0, 0)  # it has not begun
+    (tmp_path / "run.log").write_text(text, encoding="utf-8")
+    assert compare.progress_of(tmp_path / "run") == progress
+
+
+OPENED = []  # what is opened by this process, while a test looks
+sys.addaudithook(lambda event, given: event == "open" and OPENED and OPENED.append(str(given[0])))
+
+
+def test_no_file_that_a_run_replaces_is_read_meanwhile(compare, stand_ins, monkeypatch):
+    """On Windows a run that replaces a file (metrics.csv, each step) ends if it is open here."""
+    seen = []
+    monkeypatch.setattr(compare, "read_run", lambda folder: seen.append(len(OPENED)) or
+                        made_up("good", str(folder), [0.1, 0.5]))  # by then all have ended
+    OPENED.append("from here on")
+    stand_ins.main("good", "SEEDS=2")
+    names = {os.path.basename(path) for path in OPENED[:seen[0]]}
+    OPENED.clear()
+    assert "good_seed1.log" in names and "metrics.csv" not in names
+
+
+def test_the_error_that_a_run_ended_with_is_reported_as_it_is(stand_ins, capsys):
+    """Also when something is printed behind it, and with bars before it; else the last line."""
+    line = "error: step 7, policy: not finite; RESUME_FROM=runs/gspo_seed0/step_6 goes on"
+    write_script(stand_ins.scripts, "mid", STAND_IN + f"""
+import atexit
+atexit.register(print, "Exception ignored in: <generator>", file=sys.stderr)
+raise SystemExit({line!r})
+""")
+    write_script(stand_ins.scripts, "crash", STAND_IN + "\n1 / 0\n")
+    assert stand_ins.main("mid", "crash", "good", "SEEDS=1") == 1
+    printed = capsys.readouterr()
+    for report in (f"mid_seed0 failed (status 1): {line}",
+                   "crash_seed0 failed (status 1): ZeroDivisionError: division by zero"):
+        assert report in printed.out.splitlines() and report in printed.err.splitlines()
+
+
+# ================================ Any system, any terminal ========================================
+
+
+def test_what_another_program_holds_is_one_line(compare, stand_ins, monkeypatch, tmp_path):
+    """As a table program does with comparison.csv on Windows, or a viewer with a run's folder: the
+    first is found when the runs are there, and they stay; the second before any is started."""
+    (stand_ins.output / "comparison.csv").mkdir(parents=True)
+    arguments = ["good", "SEEDS=1", "WORKERS=1", f"OUTPUT={stand_ins.output}"]
+    line = refused(compare, *arguments)
+    assert f"OUTPUT={stand_ins.output}: " in line and "comparison.csv" in line
+    assert "no program that has a file open" in line
+    (stand_ins.output / "comparison.csv").rmdir()
+    assert compare.main(arguments) == 0 and len(stand_ins.starts()) == 1
+    (stand_ins.output / "bad_seed0").mkdir()
+
+    def rmtree(folder):
+        raise PermissionError(13, "it is being used by another process", str(folder))
+
+    monkeypatch.setattr(compare.shutil, "rmtree", rmtree)
+    line = refused(compare, "other", "bad", *arguments[1:])
+    assert "bad_seed0" in line and not (stand_ins.output / "other_seed0").exists()
+    (tmp_path / "file").touch()
+    assert "expected a folder to write to" in refused(
+        compare, *arguments[:3], f"OUTPUT={tmp_path / 'file' / 'out'}")
+
+
+def test_where_open_files_cannot_be_deleted_that_is_the_lock(compare, tmp_path, monkeypatch):
+    """The branch for Windows, which cannot be tried here but for its order of calls."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    with compare.claimed(tmp_path / "out") as lock:
+        assert lock.read() == b""  # what a run finds as its input
+        monkeypatch.setattr(compare.Path, "unlink", lambda *_, **__: 1 / 0)  # it is tried first
+        with pytest.raises(ZeroDivisionError), compare.claimed(tmp_path / "out"):
+            pass
+        monkeypatch.setattr(compare.Path, "unlink", lambda *_, **__: None)  # both at once
+        with pytest.raises(SystemExit) as stop, compare.claimed(tmp_path / "out"):
+            pass
+    assert "no other compare.py" in stop.value.code
+
+
+WAITS = STAND_IN.replace("rows = [", """
+import signal, time
+def ends_well(*_):
+    time.sleep(1)
+    (here.parents[1] / "ended").touch()
+    sys.exit(130)
+signal.signal(signal.SIGTERM, ends_well)
+(here.parents[1] / "waits_now").touch()
+while not (here.parents[1] / "go").exists():
+    time.sleep(0.05)
+rows = [""")
+ODD = "\u2603 \udc80 \u2192"  # a snowman, half a character, an arrow
+
+
+@pytest.fixture
+def beside(tmp_path):
+    """compare.py as a program of its own, in a folder with stand-ins for the scripts and PyTorch.
+    `start` starts it, `end` waits for it: status, stdout, stderr."""
+    scripts = tmp_path / "scripts"
+    found = SimpleNamespace(scripts=scripts, output=tmp_path / "out")
+    write_script(scripts, "waits", WAITS)
+    write_script(scripts, "odd", STAND_IN + f"\nprint({ODD!r})\n")
+    write_script(scripts, "odd_end", STAND_IN + f"\nprint({ODD!r})\nraise SystemExit("
+                                                "'error: \u2603 RESUME_FROM=x')\n")
+    shutil.copy(COMPARE, scripts)
+    (scripts / "torch.py").write_text("class cuda:\n    is_available = bool\n", encoding="utf-8")
+
+    def start(*arguments, **environment):
+        return subprocess.Popen(
+            [sys.executable, str(scripts / "compare.py"), *arguments, f"OUTPUT={found.output}",
+             "WORKERS=4"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=os.environ | environment)
+
+    def end(process):
+        stdout, stderr = process.communicate(timeout=60)
+        return process.returncode, stdout.decode("latin-1"), stderr.decode("latin-1")
+
+    found.start, found.end = start, end
+    yield found
+    (scripts / "go").touch()  # whatever is left ends
+
+
+def wait_for(condition, seconds=60):
+    """Until it holds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("folder, environment", [
+    ("L\u00e4ufe \u2603", {"PYTHONIOENCODING": "cp1252"}),
+    ("out", {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"})])
+def test_no_terminal_stops_a_run_or_the_comparison(beside, folder, environment):
+    """Logs are UTF-8 whatever the terminal is, and what cannot be shown on it is replaced. What is
+    complete is known again."""
+    beside.output = beside.output.with_name(folder)
+    for names in (("odd", "odd_end"), ("odd",)):
+        status, stdout, stderr = beside.end(beside.start(*names, "SEEDS=2", **environment))
+        assert "Traceback" not in stderr and "Encode" not in stdout
+        assert status == len(names) - 1 and "| odd | 2 |" in stdout
+        for printed in (stdout, stderr):
+            assert printed.count("_seed1 failed (status 1): error: ? RESUME_FROM=x") == status
+    text = (beside.output / "odd_seed0.log").read_text(encoding="utf-8")
+    assert "\u2603 ? \u2192\n" in text
+    assert len((beside.scripts / "started").read_text(encoding="utf-8").splitlines()) == 4
+    assert "\u00b1" in (beside.output / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_of_two_at_once_one_is_refused(beside):
+    """In one line, whichever it is; the other one's run is whole, and made once."""
+    both = [beside.start("waits", "SEEDS=1") for _ in range(2)]
+    wait_for(lambda: any(process.poll() is not None for process in both))
+    late, first = sorted(both, key=lambda process: process.poll() is None)
+    wait_for((beside.scripts / "waits_now").exists)
+    (beside.scripts / "go").touch()
+    status, _, stderr = beside.end(late)
+    assert status == 1 and stderr.count("\n") == 1
+    assert stderr.startswith("error: OUTPUT=") and "no other compare.py" in stderr
+    assert beside.end(first)[0] == 0
+    assert len((beside.scripts / "started").read_text(encoding="utf-8").splitlines()) == 1
+    assert len(pd.read_csv(beside.output / "waits_seed0" / "metrics.csv")) == 3
+    assert beside.end(beside.start("waits", "SEEDS=1"))[0] == 0  # the lock is gone with its holder
+
+
+def test_a_run_that_outlives_compare_is_not_mixed_with_another(beside):
+    """compare.py is killed: as long as its run goes on, the same command is refused."""
+    process = beside.start("waits", "SEEDS=1")
+    wait_for((beside.scripts / "waits_now").exists)
+    process.kill()
+    beside.end(process)
+    status, _, stderr = beside.end(beside.start("waits", "SEEDS=1"))
+    assert status == 1 and "no run that one left behind" in stderr
+    (beside.scripts / "go").touch()
+    wait_for(lambda: beside.end(beside.start("waits", "SEEDS=1"))[0] == 0)
+    assert len((beside.scripts / "started").read_text(encoding="utf-8").splitlines()) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals to another process are POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_comparison_that_is_stopped_stops_its_runs(compare, beside, number):
+    """It waits for them: they end their step. The signal goes to compare.py alone."""
+    process = beside.start("waits", "SEEDS=1")
+    wait_for((beside.scripts / "waits_now").exists)
+    process.send_signal(number)
+    status, _, stderr = beside.end(process)
+    assert status == 130 and "Traceback" not in stderr
+    assert (beside.scripts / "ended").exists()
+    with compare.claimed(beside.output):
+        pass  # nothing is left
+
+
+FILES = [COMPARE, *sorted(path for folder in ("tools", "benchmarks")
+                          for path in (ROOT / folder).glob("*.py"))]
+
+
+def in_the_systems_encoding(source):
+    """Calls that read or write text without saying that it is UTF-8, as they stand; and those that
+    stop if another program writes something else."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            binary = "b'" in "".join(map(ast.unparse, node.args)) + given.get("mode", "")
+            if (name in ("read_text", "write_text", "getoutput", "getstatusoutput")
+                    or name == "open" and not binary or {"text", "capture_output"} & {*given}
+                    ) and given.get("encoding") != "'utf-8'" or (
+                        "capture_output" in given and "errors" not in given):
+                found.append(ast.unparse(node))
+    return found
+
+
+def test_text_is_found_that_does_not_say_its_encoding():
+    good = ["open(a, 'rb')", "a.open('wb')", "a.open('x+b' if b else 'a+b')", "a.read_bytes()",
+            "a.read_text(encoding='utf-8')", "open(a, encoding='utf-8')",
+            "run(a, capture_output=True, encoding='utf-8', errors='replace')"]
+    bad = ["open(a)", "a.open('w')", "a.read_text()", "a.write_text('b')", "run(a, text=True)",
+           "getoutput('b')", "a.read_text(encoding='latin-1')", "run(a, capture_output=True)",
+           "run(a, capture_output=True, encoding='utf-8')"]
+    assert in_the_systems_encoding("\n".join(good + bad)) == bad
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_text_is_utf_8_on_every_system(path):
+    """Files and other programs' output, of which none may stop anything; what is printed, too."""
+    source = path.read_text(encoding="utf-8")
+    assert in_the_systems_encoding(source) == []
+    begins = source.partition('if __name__ == "__main__":\n')[2]
+    assert not begins or '.reconfigure(errors="replace")' in begins
+    if path.parent.name == "tools":  # what is in the repository has the same bytes everywhere
+        assert all('newline="\\n"' in call for call in re.findall(r"\.write_text\(.*", source))
+
+
+def test_a_tool_prints_on_any_terminal(tmp_path):
+    """A difference in a letter that the terminal lacks."""
+    for path in ("tools/sync.py", "RL_HAND/compare.py", "RL_HAND/gspo/gspo.py"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    source = (tmp_path / path).read_text(encoding="utf-8")
+    write_script(tmp_path / "RL_HAND", "grpo",
+                 source.replace("import json\n", "import json  # \u2603\n"))
+    done = subprocess.run([sys.executable, str(tmp_path / "tools" / "sync.py"), "--check"],
+                          capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 1 and not done.stderr
+    assert b"-import json  # ?" in done.stdout and b"repair it with" in done.stdout
+
+
+def test_the_names_of_runs_are_possible_everywhere():
+    """Of the experiments: no letter that Windows reserves, not too long for its 260 characters, and
+    different where capitals are not told apart."""
+    experiments = import_file(ROOT / "benchmarks" / "experiments.py", "experiments")
+    jobs = {(script, *words): folder.name for name in experiments.EXPERIMENTS
+            for script, folder, words in experiments.jobs_of(name)}
+    assert len(jobs) == len({name.lower() for name in jobs.values()}) > 100
+    for name in jobs.values():
+        assert not re.search(r'[<>:"/\\|?*]|[. ]$', name) and len(name) <= 130, name
+
+
+def test_memory_that_this_system_does_not_tell_is_nan(monkeypatch, tmp_path):
+    """The table and the figure of scaling.py are made all the same."""
+    scaling = import_file(ROOT / "benchmarks" / "scaling.py", "scaling")
+    monkeypatch.setattr(scaling, "RESET", tmp_path / "none")
+    found = scaling.measure(scaling.BASE | {"completions": 8, "length": 4})
+    assert math.isnan(found["MB"]) and found["seconds"] > 0
+    points = [json.loads(json.dumps(found)) | {"x": x} for x in (8, 16)]
+    scaling.draw({"completions": points}, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_facts_without_git(monkeypatch):
+    common = import_file(ROOT / "benchmarks" / "common.py", "common_under_test")
+    assert re.fullmatch("[0-9a-f]{7,40}|", common.facts("cpu")["commit"])
+    monkeypatch.setenv("PATH", "")
+    assert common.facts("cpu")["commit"] == ""
+
+
+def test_a_table_that_is_being_replaced_is_read_the_next_time(monkeypatch, tmp_path):
+    """tensorboard.py, which reads while the run writes; each row is shown once. Windows refuses to
+    open a file in that moment."""
+    tensorboard = import_file(ROOT / "tools" / "tensorboard.py", "tensorboard_under_test")
+    (tmp_path / "metrics.csv").touch()
+    shown, first = [], [{"step": 0, "reward": 0.5}]
+    board = SimpleNamespace(add_scalar=lambda *values: shown.append(values), flush=lambda: None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
+                        SimpleNamespace(SummaryWriter=lambda folder: board))
+    tables = iter([first, None, first + [{"step": 1, "reward": 0.75}]])
+
+    def read_csv(path):
+        if (rows := next(tables)) is None:
+            raise PermissionError(13, "it is being used by another process")
+        return pd.DataFrame(rows)
+
+    monkeypatch.setattr(tensorboard, "pd", SimpleNamespace(read_csv=read_csv))
+    monkeypatch.setattr(tensorboard, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path.parent))
+    with pytest.raises(StopIteration):
+        tensorboard.main([f"~/{tmp_path.name}"])
+    assert [values for values in shown if values[0] == "reward"] == [
+        ("reward", 0.5, 0), ("reward", 0.75, 1)]
 
 
 # ======================================= Numbers made up =========================================

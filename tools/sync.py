@@ -108,10 +108,11 @@ def main(arguments):
             print(f"\n{where} differs from gspo.py in what they share; repair it with: "
                   "python tools/sync.py")
         else:
-            path.write_text(wanted, encoding="utf-8")
+            path.write_text(wanted, encoding="utf-8", newline="\n")
             print(f"rewrote {where}")
     return bool(stale) and "--check" in arguments
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show stops nothing
     sys.exit(main(sys.argv[1:]))

@@ -85,11 +85,12 @@ def main(arguments):
         if new != text:
             stale.append(str(page.relative_to(FOLDER.parent)))
             if "--check" not in arguments:
-                page.write_text(new, encoding="utf-8")
+                page.write_text(new, encoding="utf-8", newline="\n")
     if stale:
         print(("stale: " if "--check" in arguments else "rewrote ") + ", ".join(stale))
     return bool(stale) and "--check" in arguments
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show stops nothing
     sys.exit(main(sys.argv[1:]))

@@ -4,6 +4,8 @@
     python tools/tensorboard.py runs/gspo ONCE     # what there is, and end
 """
 
+import contextlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -13,16 +15,17 @@ import pandas as pd
 
 def main(arguments):
     """Write the rows that are new, again and again."""
-    folder = Path(arguments[0]) if arguments else Path()
+    folder = Path(os.path.expanduser(arguments[0])) if arguments else Path()
     if not (folder / "metrics.csv").exists():
         sys.exit(f"error: {folder} has no metrics.csv; expected a run's folder, such as runs/gspo")
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         sys.exit("error: the package tensorboard is missing; pip install tensorboard")
-    board, shown = SummaryWriter(folder), 0
+    board, rows, shown = SummaryWriter(folder), [], 0
     while True:
-        rows = pd.read_csv(folder / "metrics.csv").to_dict("records")
+        with contextlib.suppress(PermissionError):  # on Windows, while the run replaces it
+            rows = pd.read_csv(folder / "metrics.csv").to_dict("records")
         for row in rows[shown:]:
             for name, value in row.items():
                 if value == value:  # what a step did not measure is NaN
@@ -35,6 +38,7 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show stops nothing
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
