@@ -36,14 +36,14 @@ Qwen3-0.6B: not run yet.
 """
 
 import ast
-import difflib
 import glob
+import importlib.util
+import itertools
 import json
 import math
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -51,24 +51,26 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager, suppress
-from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import pandas as pd
+import pyarrow.parquet
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from matplotlib.figure import Figure
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           DynamicCache)
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import cached_file
 
 
 class Either(NamedTuple):
@@ -379,10 +381,8 @@ ALGORITHM_SHOWN = ("GRPO_EPOCHS CLIP_RANGE ADVANTAGE_TYPE AGGREGATION KL_COEF AD
 # ==================== From here on the scripts are the same, byte for byte. =====================
 # =========================================== Rollout ============================================
 
-
 class Batch(SimpleNamespace):
-    """Completions, one a row, as tensors of B rows and nothing else; `train` adds what its
-    algorithm needs. The completions of a prompt follow one another, equally many of each.
+    """Completions, one a row, those of a prompt side by side; `train` adds tensors of B rows.
 
     prompt_index                     (B,), the number of its prompt
     prompt_ids, prompt_mask          (B, L), padded on the left
@@ -400,54 +400,48 @@ class Batch(SimpleNamespace):
         return int((self.prompt_index == self.prompt_index[0]).sum())
 
 
-class Cache(DynamicCache):
-    """Keys and values in the precision of the passes: under autocast norms make keys float32."""
-
-    def update(self, keys, values, *rest, **options):
-        """Put new keys and values in, and get all so far."""
-        dtype = getattr(torch, DTYPE)
-        return super().update(keys.to(dtype), values.to(dtype), *rest, **options)
-
-
 @torch.no_grad()
-def sample_groups(model, tokenizer, rows, group_size, temperature=None):
+def sample_groups(model, tokenizer, rows, group_size, temperature=None, length=None):
     """Sample `group_size` completions of each row's prompt: a Batch of len(rows) x group_size.
 
     Each prompt is run once, its keys and values are copied for its group, and all completions are
-    decoded together; one that has ended is run no longer. Of the model's generation_config only the
-    end ids are used (Qwen3's also says top_k 20): what is sampled is softmax(logits / temperature),
-    which is what is trained. `temperature`: TEMPERATURE unless given; 0 is greedy. All
-    random numbers are drawn first, one for each completion and token: what a completion becomes
-    does not depend on those beside it, nor on the number of processes.
+    decoded together until they end. Of the model's generation_config only the end ids are used
+    (Qwen3's also says top_k 20): what is sampled is softmax(logits / temperature), which is what is
+    trained. All random numbers are drawn first: what becomes of a completion depends neither on
+    those beside it nor on device or processes. A temperature of 0 is greedy.
     """
     temperature = TEMPERATURE if temperature is None else temperature
-    prompt_ids, prompt_mask = pad_prompts(rows, tokenizer, model.device)               # (P, L)
+    length, prompts = length or MAX_NEW_TOKENS, [{"input_ids": row["prompt_ids"]} for row in rows]
+    prompts = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(model.device)
+    prompt_ids, prompt_mask = prompts["input_ids"], prompts["attention_mask"]          # (P, L)
     index = torch.arange(len(rows), device=model.device).repeat_interleave(group_size)  # (B,)
     if temperature:
-        chance = torch.rand(len(rows) * processes, group_size, MAX_NEW_TOKENS, dtype=torch.float64,
-                            device=model.device)[rank::processes].flatten(0, 1)        # (B, T)
-    mask, logps = torch.zeros(2, len(index), MAX_NEW_TOKENS, device=model.device)      # (B, T)
+        chance = torch.rand(len(rows) * processes, group_size, length, dtype=torch.float64)
+        chance = chance[rank::processes].flatten(0, 1).to(model.device, WIDE)          # (B, T)
+    mask, logps = torch.zeros(2, len(index), length, device=model.device)              # (B, T)
     ids = torch.full_like(mask, tokenizer.pad_token_id, dtype=torch.long)
     ends = model.generation_config.eos_token_id  # Qwen3 has two; the second is its padding id, too
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     ends = torch.tensor(sorted(ends), device=model.device)
-    weight = model.get_output_embeddings().weight.to(getattr(torch, DTYPE))  # cast once
-    cache, row = Cache(config=model.config), torch.arange(len(index), device=model.device)
+    weight = model.get_output_embeddings().weight.float()
+    cache, row = DynamicCache(config=model.config), torch.arange(len(index), device=model.device)
     with autocast():  # one block, in which the other weights are cast once
         place = (prompt_mask.cumsum(1) - 1).clamp(min=0)                               # (P, L)
         states = run_model(model, prompt_ids, prompt_mask, place, cache)[:, -1]        # (P, H)
-        if not states.isfinite().all():
-            fail("the policy's outputs are not finite: lower LEARNING_RATE, RESUME_FROM earlier")
         cache.batch_repeat_interleave(group_size)
         prompt_ids, prompt_mask, states, place = (
             x[index] for x in (prompt_ids, prompt_mask, states, place[:, -1:]))
         seen = prompt_mask[:, None, None].bool()                                 # (n, 1, 1, L)
-        for t in tqdm(range(MAX_NEW_TOKENS), "rollout", leave=False, delay=5, disable=rank > 0):
+        for t in tqdm(range(length), "rollout", leave=False, delay=5, disable=rank > 0):
             if t:
                 seen, place = F.pad(seen, (0, 1), value=True), place + 1
                 states = run_model(model, token[:, None], seen, place, cache)[:, -1]   # (n, H)
-            all_logps = torch.log_softmax(product(states, weight.T) / (temperature or 1.0), -1)
-            token = draw(all_logps, chance[row, t]) if temperature else all_logps.argmax(-1)
+            all_logps = torch.log_softmax(logits_of(states, weight) / (temperature or 1.0), -1)
+            token = all_logps.argmax(-1)
+            if temperature:  # where the cumulated probability passes a number in [0, 1)
+                total = all_logps.exp().cumsum(-1, dtype=WIDE)                         # (n, V)
+                point = chance[row, t, None] * total[:, -1:]
+                token = torch.searchsorted(total, point, right=True)[:, 0].clamp(max=len(weight)-1)
             ids[row, t], mask[row, t] = token, 1.0
             logps[row, t] = all_logps.gather(1, token[:, None])[:, 0]
             going = (~torch.isin(token, ends)).nonzero()[:, 0]
@@ -462,27 +456,7 @@ def sample_groups(model, tokenizer, rows, group_size, temperature=None):
                  sampled_logps=logps[:, :t + 1])
 
 
-def draw(logps, chance):
-    """One token per row of (n, V) log-probs: the one where the cumulated probability passes
-    `chance` (n,), uniform in [0, 1). The sum is float64: float32's of 150,000 is off by 1e-4.
-
-    >>> logps = torch.tensor([[0.5, 0.2, 0.3]]).log()
-    >>> [draw(logps, torch.tensor([c]).double()).item() for c in (0.49, 0.51, 0.71)]
-    [0, 1, 2]
-    """
-    total = logps.exp().cumsum(-1, dtype=torch.float64)                                # (n, V)
-    point = chance[:, None] * total[:, -1:]
-    return torch.searchsorted(total, point, right=True)[:, 0].clamp(max=logps.shape[1] - 1)
-
-
-def pad_prompts(rows, tokenizer, device):
-    """The rows' prompts as ids and mask, (P, L), padded so that each ends in the last column."""
-    prompts = {"input_ids": [row["prompt_ids"] for row in rows]}
-    return tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(device).values()
-
-
 # ====================================== Log-probabilities =======================================
-
 
 def autocast():
     """bfloat16 arithmetic over float32 weights, if DTYPE says so."""
@@ -496,51 +470,17 @@ def run_model(model, ids, mask, place, cache=None):
                             past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
 
-def product(a, b):
-    """a @ b in float32: GSPO's clip range (3e-4) is far below bfloat16's resolution (8e-3). With
-    DTYPE bfloat16 that is the precision of what goes in, not of the sum."""
-    with torch.autocast(a.device.type, enabled=False):
-        if DTYPE == "bfloat16" and a.is_cuda:
-            return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
-        return a.float() @ b.float()
+def logits_of(states, weight):
+    """The head's logits (n, V), in float32: GSPO's clip range (3e-4) is far below bfloat16's steps
+    (8e-3). What some models do behind the head is not done: see `check_policy`."""
+    with torch.autocast(states.device.type, enabled=False):
+        return states.float() @ weight.float().T
 
 
-def logps_and_entropy(logits, tokens):
+def logps_and_entropy(states, weight, tokens):
     """Log-probs at TEMPERATURE of the tokens (n,), and the exact entropy: (2, n)."""
-    logps = torch.log_softmax(logits / TEMPERATURE, -1)
+    logps = torch.log_softmax(logits_of(states, weight) / TEMPERATURE, -1)
     return torch.stack([logps.gather(1, tokens[:, None])[:, 0], -(logps.exp() * logps).sum(1)])
-
-
-class InPieces(torch.autograd.Function):
-    """logps_and_entropy of states (n, H) @ weight.T. The logits, (n, V), exist LOGITS_AT_ONCE at a
-    time, and are made again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx, states, weight, tokens):
-        """The values, (2, n)."""
-        ctx.save_for_backward(states, weight, tokens)
-        size, head = max(1, LOGITS_AT_ONCE // len(weight)), weight.to(getattr(torch, DTYPE))
-        return torch.cat([logps_and_entropy(product(some, head.T), ids) for some, ids in
-                          zip(states.split(size), tokens.split(size))], 1)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        """The gradients of states and weight, a piece after the other, summed in float32."""
-        states, weight, tokens = ctx.saved_tensors
-        d_states = torch.empty_like(states)
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        size, head = max(1, LOGITS_AT_ONCE // len(weight)), weight.to(getattr(torch, DTYPE))
-        for some, ids, d_values, d_some in zip(states.split(size), tokens.split(size),
-                                               upstream.split(size, 1), d_states.split(size)):
-            logits = product(some, head.T).requires_grad_()
-            with torch.enable_grad():
-                values = logps_and_entropy(logits, ids)
-            d_logits, = torch.autograd.grad(values, logits, d_values)
-            d_some.copy_(product(d_logits, head))
-            if d_weight is not None:  # in slices: a second (V, H) would be 0.6 GB
-                for total, part in zip(d_weight.split(2**14), d_logits.split(2**14, 1)):
-                    total += product(part.T, some)
-        return d_states, d_weight, None
 
 
 def states_before(model, batch):
@@ -576,11 +516,14 @@ def at_tokens(batch, values):
 
 
 def score_tokens(model, batch):
-    """Log-probs at TEMPERATURE, and exact entropy; (b, T) each, 0 in padding."""
+    """Log-probs at TEMPERATURE, and exact entropy; (b, T) each, 0 in padding. Logits, (n, V), exist
+    LOGITS_AT_ONCE at a time, and are made again in the backward pass."""
+    states, weight = states_before(model, batch), model.get_output_embeddings().weight
     tokens = batch.completion_ids[batch.completion_mask.bool()]
-    values = InPieces.apply(states_before(model, batch), model.get_output_embeddings().weight,
-                            tokens)                                                    # (2, n)
-    return [at_tokens(batch, some) for some in values]
+    size = max(1, LOGITS_AT_ONCE // len(weight))
+    pieces = [made_again(logps_and_entropy, some, weight, ids)
+              for some, ids in zip(states.split(size), tokens.split(size))]            # (2, n)
+    return [at_tokens(batch, some) for some in torch.cat(pieces, 1)]
 
 
 @torch.no_grad()
@@ -610,7 +553,6 @@ def behaviour_logps(policy, batch):
 
 
 # ======================================== Optimisation ==========================================
-
 
 def begin_step(run):
     """Count the step. Its chance depends on SEED and its number alone: resuming changes nothing."""
@@ -650,6 +592,7 @@ def optimiser_step(run, name, meter):
     settings["lr"] = settings["initial_lr"] * min(1.0, (done + 1) / max(1, WARMUP_STEPS))
     optimizer.step()
     optimizer.zero_grad()
+    run.finished = None  # until the step is
     meter.add({"grad_norm": norm, "learning_rate": settings["lr"]})
 
 
@@ -663,14 +606,13 @@ class Meter:
     def add(self, values, weights=None):
         """Add tensors or numbers to the means of their names; all count alike without weights."""
         for name, value in values.items():
-            value = torch.as_tensor(value, dtype=torch.float64).detach()
+            value = torch.as_tensor(value, dtype=WIDE).detach()
             weight = torch.ones_like(value) if weights is None else weights
             self.pairs[name].append(torch.stack([(value * weight).sum(), weight.sum()]))
 
     def lap(self, phase):
         """Add the seconds since the last lap to a phase, queued GPU work included."""
-        if DEVICE != "cpu":
-            torch.cuda.synchronize()
+        getattr(torch, torch.device(DEVICE).type).synchronize()
         self.seconds[phase] += time.perf_counter() - self.last
         self.last = time.perf_counter()
 
@@ -698,82 +640,101 @@ def measure_rollout(run, meter, batch, rewards, parts):
 
 # ======================================= Reward and data ========================================
 
+NUMBER = re.compile(r"""
+    (?:(?<![a-z\d.)}\]])([-\u2013\u2212]))?  # a minus, unless it subtracts
+    \\?[$\xa3\xa5\u20ac\u20b9]?  # a currency
+    (?<![a-z\d^/])(?<!\d:)(?<!\^[-{])(?<!\^\{-)  # not inside a word, a power, a date or a time
+    (?:(\d{1,9})[ \\](?=\d+/))?+  # the 3 of 3 1/2; then its 1, or any number: 5, 0.5, .5, 5e-3
+    ((?:\d{1,99}+(?:\.\d{1,99})?+|(?<![\d.])\.\d{1,99}+)(?:e[+-]?\d{1,3})?+)
+    (?:[ ]?/[ ]?([1-9]\d{0,98}+(?:\.\d{1,99})?+))?+(?:[ ]?(hundred|thousand|million)s?\b)?+  # 2
+    (?!\d|[:/]\d|\^(?!\{?\\circ)  # no digits or power may follow, nor a variable: 5x (5m is fine)
+      |\\?(?:pi|[a-fi-kn-rt-z])(?![a-z]))""", re.VERBOSE | re.IGNORECASE)
+
 
 def last_number(text):
-    """The last number in a text, as a Decimal, or None. A minus counts unless it subtracts.
+    r"""The last number in a text, as a Fraction; None without one. 99 digits are the most.
 
-    >>> [str(last_number(text)) for text in ("so -1,234.50", "12-5", "none")]
-    ['-1234.50', '5', 'None']
+    >>> [str(last_number(text)) for text in ("-1,234.50", "12-5", r"3\frac12", "2 million", "5x")]
+    ['-2469/2', '5', '7/2', '2000000', 'None']
     """
-    digits = r"[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?"
-    found = re.findall(rf"(?<![0-9.)])-{digits}|{digits}", text.replace("\N{MINUS SIGN}", "-"))
-    return Decimal(found[-1].replace(",", "")) if found else None
+    text = re.sub(r"(?<=\d)(?:\{?,\}?|,?\\[,!]|[\u2009\u202f])(?=\d{3}(?!\d))", "", text)  # 1,234
+    part = r" *(?:{([^{}]*)}|(\d))"
+    text = re.sub(rf"\\[dt]?frac{part}{part}", r"\\\1\2/\3\4", text)  # 3\frac{1}{2} -> 3\1/2
+    if found := NUMBER.findall(text):
+        minus, whole, top, bottom, factor = found[-1]
+        value = Fraction(top) / Fraction(bottom) + int(whole or 0) if bottom else Fraction(top)
+        value *= {"": 1, "h": 100, "t": 1000, "m": 10**6}[factor[:1].lower()]
+        return -value if minus else value
 
 
-def verify(questions, responses, references):
+def verify(rows, responses):
     """1.0 where the response's last number equals the reference answer's last number, else 0.0."""
-    wanted = [last_number(reference) for reference in references]
-    return [float(w is not None and last_number(r) == w) for r, w in zip(responses, wanted)]
+    pairs = [(last_number(row["answer"]), last_number(text)) for row, text in zip(rows, responses)]
+    return [float(right is not None and given == right) for right, given in pairs]
 
 
-def load_reward_function(rows):
-    """REWARD_FUNCTION as (questions, responses, references) -> scores; compute_score, which answers
-    one by one, with the data_source that `rows` have."""
+def load_reward_function():
+    """REWARD_FUNCTION of questions, responses and references; or compute_score, of one answer."""
     path, name = re.fullmatch(r"(.*?)(?::(\w+))?", REWARD_FUNCTION).groups("compute_score")
-    with one_line(f"REWARD_FUNCTION={REWARD_FUNCTION}", "path/to/file.py:name of a function in it, "
-                  "or path/to/file.py with a compute_score"):
+    with one_line(f"REWARD_FUNCTION={REWARD_FUNCTION}", "file.py:name or file.py (compute_score)"):
         sys.path.append(str(find_path(path).parent))  # for what it imports from beside it
-        function = runpy.run_path(str(find_path(path)), run_name="reward_function")[name]
-    sources = {(row["question"], row["answer"]): row.get("data_source", "") for row in rows}
-    return function if name != "compute_score" else lambda questions, responses, references: [
-        function(sources[question, reference], response, reference, {"question": question})
-        for question, response, reference in zip(questions, responses, references)]
+        spec = importlib.util.spec_from_file_location("reward_function", find_path(path))
+        module = sys.modules["reward_function"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        function = getattr(module, name)
+    if name == "compute_score":
+        return lambda rows, texts: [function(row.get("data_source", ""), text, row["answer"], row)
+                                    for row, text in zip(rows, texts)]
+    return lambda rows, texts: function([row["question"] for row in rows], texts,
+                                        [row["answer"] for row in rows])
 
 
-def load_scorers(rows):
-    """The sources of the reward by name: functions (questions, responses, references) -> scores.
-    The reward model was trained on pairs, `tokenizer(question, answer)` = [CLS] q [SEP] a [SEP]:
-    one joined string would be something it never saw. Equal pairs are scored once."""
-    scorers = {"verifier": verify}
+def load_scorers(row):
+    """The sources of the reward by name: functions of rows and responses, that give scores; tried
+    on a row. A reward model with a chat template reads chats, any other [CLS] q [SEP] a [SEP]."""
+    scorers, answer = {"verifier": verify}, row["answer"]
     if REWARD_FUNCTION:
-        scorers["function"] = load_reward_function(rows)
-        trial = [[rows[0][key]] for key in ("question", "answer", "answer")]
-        checked_scores("function", scorers["function"], *trial)
+        scorers["function"] = load_reward_function()
+        beginnings = [answer[:i] for i in range(GROUP_SIZE)]
+        checked_scores("function", scorers["function"], [row] * GROUP_SIZE, beginnings)
     if not REWARD_WEIGHTS.get("model"):
         return scorers
     tokenizer = load(AutoTokenizer, REWARD_MODEL, "REWARD_MODEL")
-    model = load(AutoModelForSequenceClassification, REWARD_MODEL, "REWARD_MODEL",
-                 dtype=getattr(torch, DTYPE)).to(FROZEN_DEVICE).eval()
-    if model.num_labels != 1:
-        fail(f"REWARD_MODEL={REWARD_MODEL}: it has {model.num_labels} outputs; expected one score")
+    model, info = load(AutoModelForSequenceClassification, REWARD_MODEL, "REWARD_MODEL",
+                       dtype=getattr(torch, DTYPE), output_loading_info=True)
+    model, chat = model.to(FROZEN_DEVICE).eval(), bool(tokenizer.chat_template)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.truncation_side = "left" if chat else "right"
+    model.config.pad_token_id = tokenizer.pad_token_id  # where a decoder's answer ends
 
     @torch.no_grad()
-    def score(questions, responses, references):
-        pairs = sorted(set(zip(questions, responses)), key=lambda pair: (len("".join(pair)), pair))
-        scores = {}  # of pairs of like length together
+    def score(rows, responses):
+        asked = [(row["question"], text) for row, text in zip(rows, responses)]
+        pairs = sorted(set(asked), key=lambda pair: (len("".join(pair)), pair))
+        scores = {}  # each pair is scored once, among those of like length
         for some in (pairs[at:at + REWARD_BATCH] for at in range(0, len(pairs), REWARD_BATCH)):
-            inputs = tokenizer(*map(list, zip(*some)), truncation="longest_first", padding=True,
-                             max_length=MAX_REWARD_TOKENS, return_tensors="pt").to(model.device)
+            texts = [tokenizer.apply_chat_template([
+                [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+                for question, text in some], tokenize=False)] if chat else zip(*some)
+            inputs = tokenizer(*map(list, texts), truncation=chat or "longest_first", padding=True,
+                               add_special_tokens=not chat, max_length=MAX_REWARD_TOKENS,
+                               return_tensors="pt").to(model.device)
             logits = model(**inputs).logits[:, 0].float()                              # (n,)
             scores |= zip(some, (logits.sigmoid() if REWARD_SIGMOID else logits).tolist())
-        return [scores[pair] for pair in zip(questions, responses)]
+        return [scores[pair] for pair in asked]
+
+    with one_line(f"REWARD_MODEL={REWARD_MODEL}", "one score for each text of a batch"):
+        score([row] * 2, [answer, 99 * answer])
+        if info["missing_keys"] or model.num_labels > 1:
+            raise ValueError(f"{model.num_labels} outputs, missing are {[*info['missing_keys']]}")
     return scorers | {"model": score}
 
 
-def check_reward_model(run):
-    """Show the reward model a right answer and the same with another number; say what it thinks."""
-    row = next((row for row in run.train_rows if last_number(row["answer"])), run.train_rows[0])
-    question, right = row["question"], row["answer"]
-    wrong = re.sub(r"[\d.,]*\d(?=\D*$)", str(abs(last_number(right) or 0) + 1), right)
-    good, bad = run.scorers["model"]([question] * 2, [right, wrong], [right] * 2)
-    return (f"the reward model scores {right[-36:]!r} {good:.2f} and {wrong[-36:]!r} {bad:.2f}" +
-            ("" if good > bad else ": the wrong one is not lower, do not trust it alone"))
-
-
-def checked_scores(name, scorer, questions, responses, references):
-    """A source's scores, (n,); one line when it raises or returns anything else."""
+def checked_scores(name, scorer, rows, responses):
+    """A source's scores, (n,), of a dict its "score"; one line if it raises or returns others."""
     with one_line(f"the reward source {name!r}", f"{len(responses)} finite numbers"):
-        scores = [float(score) for score in scorer(questions, responses, references)]
+        scores = [float(score["score"] if isinstance(score, dict) else score)
+                  for score in scorer(rows, responses)]
         if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
             raise ValueError(f"it returned {len(scores)}: {scores}")
     return torch.tensor(scores, device=DEVICE)
@@ -788,44 +749,54 @@ def texts_of(run, batch, kept=True):
 
 def score_completions(run, rows, batch, kept=True):
     """Rewards (B,), and each source's unweighted scores (B,); of the `kept` tokens (B, T) only."""
-    rows = [rows[i] for i in batch.prompt_index.tolist()]
-    texts = ([row["question"] for row in rows], texts_of(run, batch, kept),
-             [row["answer"] for row in rows])
-    parts = {name: checked_scores(name, scorer, *texts) for name, scorer in run.scorers.items()}
+    rows, texts = [rows[i] for i in batch.prompt_index.tolist()], texts_of(run, batch, kept)
+    parts = {name: checked_scores(name, each, rows, texts) for name, each in run.scorers.items()}
     return sum(REWARD_WEIGHTS.get(name, 0.0) * scores for name, scores in parts.items()), parts
 
 
+def read_table(path, kind):
+    """A file as a DataFrame: {"a": {"b": 1}} is a column "a.b"; JSON's numbers stay as written."""
+    if (kind or path.suffix[1:]) == "parquet":
+        return pyarrow.parquet.read_table(path).flatten().to_pandas()
+    text = path.read_text(encoding="utf-8-sig").strip()
+    read = partial(json.loads, parse_float=str, parse_int=str)
+    rows = read(text) if text[:1] == "[" else [read(line) for line in text.split("\n") if line]
+    return pd.json_normalize(rows)
+
+
 def load_rows(name, tokenizer):
-    """All rows {question, answer, prompt_ids} of a dataset constant, less those whose prompt is too
-    long. Any further key of an entry names a column that is kept under that key."""
-    rows, readers = [], {"parquet": pd.read_parquet,  # dtype=False: "007" stays text
-                         "json": partial(pd.read_json, dtype=False),
-                         "jsonl": partial(pd.read_json, dtype=False, lines=True)}
+    """All rows {question, answer, prompt_ids} of a dataset constant, less those with too long ones.
+    Further keys of an entry name columns to be kept. A question may be a list of messages."""
+    rows = []
     for entry in globals()[name]:
-        path, kind = entry["path"], entry.get("type") or entry["path"].rpartition(".")[2]
+        path, hub = entry["path"], re.match("hf://datasets/(.+?/.+?)/(.+)", entry["path"])
         columns = {"question": entry["input"], "answer": entry["output"]} | {
             key: entry[key] for key in entry.keys() - {"path", "type", "input", "output"}}
-        files = [path] if "://" in path else glob.glob(path) or glob.glob(str(PROJECT / path))
-        with one_line(f"{name}: {path}", f"{'|'.join(readers)} with text in the columns "
-                      f"{', '.join(columns.values())}; or PROFILE=embedded"):
-            if not files:
-                raise ValueError(f"no such file here or in {PROJECT}")
-            table = pd.concat(readers[kind](file) for file in sorted(files))
+        with one_line(f"{name}: {path}", "parquet or json with text in the columns "
+                      f"{', '.join(columns.values())}; for other forms there is data/convert.py"):
+            found = cached_file(hub[1], hub[2], repo_type="dataset") if hub else find_path(path)
+            files = [found] if os.path.exists(found) else sorted(glob.glob(str(found))) or [found]
+            table = pd.concat(read_table(Path(file), entry.get("type")) for file in files)
             if missing := set(columns.values()) - set(table):
                 raise ValueError(f"no column {', '.join(missing)}; it has {[*table]}")
-            table = table[[*columns.values()]].set_axis([*columns], axis=1)
-            text = table.map(lambda value: isinstance(value, (str, int, float)) and value == value)
+            table = table[[*columns.values()]].set_axis([*columns], axis=1).map(
+                lambda x: str(x) if isinstance(x, (int, float)) and x == x else x)  # x != x: none
+            chats = table["question"].map(lambda value: [{"role": "user", "content": value}]
+                                          if isinstance(value, str) else list(value))
+            table["question"] = chats.map(lambda chat: chat[-1]["content"])
+            text = table.map(lambda value: isinstance(value, str))
             if table.empty or not text.all(axis=None):
                 raise ValueError(f"{len(table)} rows, {(~text).sum().to_dict()} without text")
-        rows += table.astype(str).to_dict("records")
-    messages = [[{"role": "user", "content": row["question"]}] for row in rows]
+        rows += table.assign(chat=chats).to_dict("records")
     with one_line(f"POLICY_MODEL={POLICY_MODEL}", "a tokenizer with a chat template"):
-        prompts = tokenizer.apply_chat_template(messages, add_generation_prompt=True,
+        prompts = tokenizer.apply_chat_template([row.pop("chat") for row in rows],
+                                                add_generation_prompt=True,
                                                 enable_thinking=ENABLE_THINKING)["input_ids"]
+        if len(set(map(tuple, prompts))) < len({row["question"] for row in rows}):
+            raise ValueError("different questions give the same prompt")
     kept = [row | {"prompt_ids": ids} for row, ids in zip(rows, prompts)
             if len(ids) <= MAX_PROMPT_TOKENS]
-    if len(kept) < len(rows):
-        print(f"{name}: kept {len(kept)} of {len(rows)} prompts ({MAX_PROMPT_TOKENS=})")
+    print(f"{name}: {len(kept)} of {len(rows)} questions are within {MAX_PROMPT_TOKENS=}")
     return kept
 
 
@@ -840,7 +811,6 @@ def next_questions(run, count):
 
 # ========================================= Evaluation ===========================================
 
-
 def evaluate(run):
     """Held-out accuracy, reward and length, always of the same questions and random numbers."""
     torch.manual_seed(SEED)
@@ -848,15 +818,14 @@ def evaluate(run):
     blocks = (run.eval_rows[at:at + EVAL_BATCH] for at in range(0, len(run.eval_rows), EVAL_BATCH))
     for some in filter(None, (block[rank::processes] for block in blocks)):
         greedy = texts_of(run, sample_groups(run.policy, run.tokenizer, some, 1, temperature=0))
-        right = torch.tensor(verify(None, greedy, [row["answer"] for row in some]))
         batch = sample_groups(run.policy, run.tokenizer, some, 1, EVAL_TEMPERATURE)
         rewards, parts = score_completions(run, some, batch)
-        meter.add({"eval/accuracy": parts["verifier"], "eval/accuracy_greedy": right,
-                   "eval/reward": rewards, "eval/mean_length": batch.completion_mask.sum(1)})
-        for i, text in enumerate(texts_of(run, batch)):
-            scores = ", ".join(f"{name} {scores[i]:.2f}" for name, scores in parts.items())
-            scores = f"reward {rewards[i]:.2f} ({scores})"
-            shown.append(f"  {some[i]['question']}\n    {text}\n    {scores}\n")
+        meter.add({"eval/accuracy": parts["verifier"], "eval/reward": rewards,
+                   "eval/accuracy_greedy": torch.tensor(verify(some, greedy)),
+                   "eval/mean_length": batch.completion_mask.sum(1)})
+        for i, (row, text) in enumerate(zip(some, texts_of(run, batch))):
+            by = ", ".join(f"{name} {scores[i]:.2f}" for name, scores in parts.items())
+            shown.append(f"  {row['question']}\n    {text}\n    reward {rewards[i]:.2f} ({by})\n")
     meter.lap("eval")
     metrics = meter.means()
     heading = ("step {}: held-out accuracy {eval/accuracy:.3f} sampled, {eval/accuracy_greedy:.3f} "
@@ -891,20 +860,20 @@ def finish_step(run, metrics, name=""):
         run.total_steps = run.step  # Ctrl-C: this step is the last
     epoch, rest = divmod(run.step, run.steps_per_epoch)
     ends = name or rest == 0 or run.step == run.total_steps
-    row = {"step": run.step, "epoch": run.step / run.steps_per_epoch,
-           "num_tokens": run.num_tokens, **metrics}
-    if metrics:
-        row["step_time"] = sum(value for key, value in metrics.items() if key.startswith("time/"))
-    if DEVICE != "cpu":
+    name = name or (f"step_{run.step}" if rest else f"epoch_{epoch}")
+    run.finished = {"name": name, "step": run.step, "questions": run.questions,
+                    "num_tokens": run.num_tokens, "state": dict(run.state)}
+    row = {"step": run.step, "epoch": run.step / run.steps_per_epoch, "num_tokens": run.num_tokens,
+           **metrics, "step_time": sum(metrics[key] for key in metrics if key[:5] == "time/")}
+    if DEVICE.startswith("cuda"):
         row["peak_memory"] = torch.cuda.max_memory_allocated() / 1e9  # GB
+    run.history.append(row)
     if ends or EVAL_EVERY and run.step % EVAL_EVERY == 0:
         row |= evaluate(run)
-    run.history.append(row)
     if rank == 0:
-        pd.DataFrame(run.history).to_csv(run.folder / ".metrics.csv", index=False)
-        os.replace(run.folder / ".metrics.csv", run.folder / "metrics.csv")
+        put(run.folder / "metrics.csv", partial(pd.DataFrame(run.history).to_csv, index=False))
         if ends or SAVE_EVERY and run.step % SAVE_EVERY == 0:
-            save_checkpoint(run, name or (f"step_{run.step}" if rest else f"epoch_{epoch}"))
+            save_checkpoint(run)
         if "eval/accuracy" in row:
             plot_metrics(run)
     run.bar.set_postfix_str(", ".join(f"{label} {row[key]:.3g}" for key, label in SHOWN.items()
@@ -912,9 +881,16 @@ def finish_step(run, metrics, name=""):
     run.bar.update(run.step - run.bar.n)
 
 
-def save_checkpoint(run, name):
+def put(path, write):
+    """Write a file whole in the place of the old one, unless, on Windows, a program has it open."""
+    write(path.with_name(f".{path.name}"))
+    with suppress(PermissionError):
+        os.replace(path.with_name(f".{path.name}"), path)
+
+
+def save_checkpoint(run):
     """Write a checkpoint under a temporary name, then rename it: a kill leaves only whole ones."""
-    new = run.folder / f".{name}.partial"
+    new = run.folder / f".{run.finished['name']}.partial"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     (new / "train_script.py").write_bytes(run.source)
@@ -924,64 +900,65 @@ def save_checkpoint(run, name):
         run.policy.save_pretrained(new)
         run.tokenizer.save_pretrained(new)
         for part, (module, optimizer) in run.trained.items():
-            if part != "policy":
-                save_model(module, str(new / f"{part}.safetensors"))  # tied weights once
+            if part != "policy" or LORA_RANK:
+                weights = {name: each.data for name, each in module.named_parameters()
+                           if each.requires_grad or optimizer is None}  # no adapter's base
+                save_file(weights, new / f"{part}.safetensors")
             if optimizer is not None:
-                state = {f"{i}.{key}": value for i, entry in optimizer.state_dict()["state"].items()
-                         for key, value in entry.items()}
-                save_file(state, new / f"{part}_optimizer.safetensors")
-        counters = {key: vars(run)[key] for key in ("step", "questions", "num_tokens", "state")}
-        (new / "trainer_state.json").write_text(json.dumps(counters))
-        shutil.copyfile(run.folder / "metrics.csv", new / "metrics.csv")
-    os.replace(new, run.folder / name)
+                torch.save(optimizer.state_dict()["state"], new / f"{part}_optimizer.pt")
+        (new / "trainer_state.json").write_text(json.dumps(run.finished))
+        pd.DataFrame(run.history).to_csv(new / "metrics.csv", index=False)
+    os.replace(new, run.folder / run.finished["name"])
+
+
+def rescue(run):
+    """Save what is trained, unless a further step has changed it; say what to resume from."""
+    if run.finished and run.step and not (run.folder / run.finished["name"]).exists():
+        vars(run).update(run.finished)
+        with suppress(OSError):  # another process may be doing it
+            save_checkpoint(run)
+    saved = sorted(run.folder.glob("*/trainer_state.json"), key=os.path.getmtime)
+    return f"go on with RESUME_FROM={saved[-1].parent}" if saved else "nothing was trained yet"
 
 
 def load_checkpoint(run, folder):
     """Put networks, optimisers and metrics back to where `folder` left them."""
     with one_line(f"RESUME_FROM={folder}", "a whole epoch_N or step_N folder, N > 0"):
         for part, (module, optimizer) in run.trained.items():
-            if part != "policy":
-                load_model(module, folder / f"{part}.safetensors")
+            if part != "policy" or LORA_RANK:
+                module.load_state_dict(load_file(folder / f"{part}.safetensors"), strict=False)
             if optimizer is not None:
-                state, saved = defaultdict(dict), optimizer.state_dict()
-                for name, value in load_file(folder / f"{part}_optimizer.safetensors").items():
-                    i, key = name.split(".")
-                    state[int(i)][key] = value
-                optimizer.load_state_dict(saved | {"state": dict(state)})
-        if LORA_RANK:
-            from peft import set_peft_model_state_dict
-            set_peft_model_state_dict(run.policy, load_file(folder / "adapter_model.safetensors"))
+                state = torch.load(folder / f"{part}_optimizer.pt", "cpu", weights_only=True)
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         run.history = pd.read_csv(folder / "metrics.csv").to_dict("records")
 
 
 def plot_metrics(run):
     """Draw PANELS into training_metrics.png."""
     table = pd.DataFrame(run.history).set_index("step").dropna(axis=1, how="all")
-    panels = {title: names.split() for title, names in PANELS.items()
-              if set(names.split()) & set(table)}
-    rows = math.ceil(len(panels) / 4)
-    figure = Figure(figsize=(15, 3 * rows), layout="constrained")
-    for place, (title, names) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(rows, 4, place, title=title)
-        for name in names:
-            if name in constants():
-                axes.axhline(globals()[name], color="grey", linestyle="--", label=name)
-            elif name in table:  # what is not measured in each step is dots
-                points = table[name].dropna()
-                axes.plot(points, label=name, marker="" if len(points) == run.step else ".")
+    panels = [(title, names.split()) for title, names in PANELS.items()
+              if set(names.split()) & set(table)]
+    figure = Figure(figsize=(15, 3 * math.ceil(len(panels) / 4)), layout="constrained")
+    for place, (title, names) in enumerate(panels, 1):
+        axes = figure.add_subplot(math.ceil(len(panels) / 4), 4, place, title=title)
+        for name in filter(DEFAULTS.__contains__, names):
+            axes.axhline(globals()[name], color="grey", linestyle="--", label=name)
+        for name in filter(table.__contains__, names):  # dots: not measured in each step
+            points = table[name].dropna()
+            axes.plot(points, label=name, marker="" if len(points) == run.step else ".")
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8, frameon=False)
     figure.suptitle(f"{run.facts['script']}: {POLICY_MODEL}, seed {SEED}, by step")
-    figure.savefig(run.folder / ".training_metrics.png", dpi=110)
-    os.replace(run.folder / ".training_metrics.png", run.folder / "training_metrics.png")
+    put(run.folder / "training_metrics.png", partial(figure.savefig, dpi=110))
 
 
 # ======================================== Command line ==========================================
 
 RULES = """
     PROFILE in ("full", "embedded") and DTYPE in ("float32", "bfloat16") and OUTPUT_DIR != ""
-    DEVICE == "cpu" or (torch.device(DEVICE).index or 0) < torch.cuda.device_count()  # or cpu
-    FROZEN_DEVICE == "cpu" or (torch.device(FROZEN_DEVICE).index or 0) < torch.cuda.device_count()
+    {DEVICE[:4], FROZEN_DEVICE[:4]} <= {"cpu", "cuda", "mps"}  # cuda:1: the second; mps: Apple's
+    all(int(d[5:] or 0) < torch.cuda.device_count() for d in (DEVICE, FROZEN_DEVICE) if "cuda" in d)
+    "mps" not in (DEVICE, FROZEN_DEVICE) or DTYPE == "float32" and torch.mps.device_count() > 0
     min(BATCH_SIZE, GROUP_SIZE, MAX_NEW_TOKENS, MAX_PROMPT_TOKENS, MINIBATCH, MICRO_BATCH) >= 1
     min(NUM_EPOCHS, EVAL_BATCH, REWARD_BATCH, LOGITS_AT_ONCE, LORA_ALPHA) >= 1
     min(MAX_STEPS, EVAL_EVERY, EVAL_QUESTIONS, SAVE_EVERY, SHOW_SAMPLES, WARMUP_STEPS) >= 0
@@ -992,14 +969,17 @@ RULES = """
     BATCH_SIZE % processes == MINIBATCH % processes == 0  # torchrun's processes share them
     MINIBATCH // processes % GROUP_SIZE == 0 or GROUP_SIZE % (MINIBATCH // processes) == 0
     set(REWARD_WEIGHTS) <= {"model", "verifier", "function"} and any(REWARD_WEIGHTS.values())
-    math.isfinite(sum(REWARD_WEIGHTS.values())) and train_datasets and eval_datasets
     bool(REWARD_FUNCTION) == bool(REWARD_WEIGHTS.get("function"))  # a file and a weight, or neither
+    math.isfinite(sum(REWARD_WEIGHTS.values())) and train_datasets and eval_datasets
     all({"path", "input", "output"} <= set(entry) for entry in train_datasets + eval_datasets)
     all(type(text) is str for entry in train_datasets + eval_datasets for text in entry.values())
 """
 rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+made_again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # going back
+WIDE = torch.float32 if torch.backends.mps.is_available() else torch.float64  # Apple's GPUs lack it
 PROJECT = next((folder for folder in (*Path(__file__).resolve().parents, Path.cwd())
                 if (folder / "data" / "build.py").exists()), Path.cwd())  # where data/ is
+PLACES = [Path.cwd(), PROJECT]  # where relative paths lead from; first, where a resumed run began
 
 
 def fail(message):
@@ -1029,14 +1009,9 @@ def everyone(value):
 
 
 def find_path(path):
-    """A path from the working directory, or from the project's folder if it is only there."""
-    inside = PROJECT / path
-    return inside if inside.exists() and not Path(path).exists() else Path(path)
-
-
-def constants():
-    """The constants by name, as they are now."""
-    return {name: globals()[name] for name in DEFAULTS}
+    """A path or pattern in the first of PLACES where it leads somewhere; `~` is the home folder."""
+    found = [place / Path(path).expanduser() for place in PLACES]
+    return next((one for one in found if one.exists() or glob.glob(str(one))), Path(path))
 
 
 def resolve(values, profile):
@@ -1050,14 +1025,10 @@ def parse(argument):
     name, equals, value = argument.partition("=")
     known = resolve(DEFAULTS, "full")
     if not equals or name not in known:
-        close = difflib.get_close_matches(name.upper(), known, n=1)
-        close = f" (did you mean {close[0]}?)" if close else ""
-        fail(f"{argument!r} is not NAME=VALUE{close}; expected one of {', '.join(known)}")
+        fail(f"{argument!r} is not NAME=VALUE; expected one of {', '.join(known)}")
     kind = float if name == "CLIP_RANGE" else type(known[name])
-    if kind is str:
-        return name, value
     with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        value = ast.literal_eval(value)
+        value = value if kind is str else ast.literal_eval(value)
     if type(value) in (int, float) and kind in (int, float) and math.isfinite(value):
         value = kind(value) if kind(value) == value else value  # 1 for 1.0, 1000 for 1e3
     value = tuple(value) if type(value) is list and kind in (tuple, float) else value
@@ -1072,10 +1043,13 @@ def configure(arguments):
     counters = {"step": 0, "questions": 0, "num_tokens": 0, "state": {}}  # `state`: the algorithm's
     if folder := dict(map(parse, arguments)).get("RESUME_FROM", DEFAULTS["RESUME_FROM"]):
         with one_line(f"RESUME_FROM={folder}", "an epoch_N or step_N folder, N > 0, of a run"):
-            saved = json.loads((find_path(folder) / "constants.json").read_text())["constants"]
-            counters = json.loads((find_path(folder) / "trainer_state.json").read_text())
-        elsewhere = {"DEVICE", "FROZEN_DEVICE", "RESUME_FROM"} | saved.keys() - DEFAULTS.keys()
-        arguments = [f"{name}={saved[name]}" for name in saved.keys() - elsewhere] + arguments
+            folder = find_path(folder).absolute()
+            facts = json.loads((folder / "constants.json").read_text())
+            counters = json.loads((folder / "trainer_state.json").read_text())
+            PLACES[:0] = map(Path, facts["places"])
+        known = DEFAULTS.keys() - {"DEVICE", "FROZEN_DEVICE"}
+        arguments = [f"{name}={value}" for name, value in facts["constants"].items()
+                     if name in known] + arguments + [f"RESUME_FROM={folder}"]
     values = DEFAULTS | dict(map(parse, arguments))
     if values["PROFILE"] == "auto":
         values["PROFILE"] = "full" if torch.cuda.is_available() else "embedded"
@@ -1092,51 +1066,80 @@ def configure(arguments):
 
 def load(kind, name, constant, **options):
     """`kind.from_pretrained(name)`, a folder or id, with one line of help when that fails."""
-    with one_line(f"{constant}={name}", f"a model that is here: `hf download {name}`, or "
-                  f"{constant}=<folder>, or PROFILE=embedded"):
-        return kind.from_pretrained(str(find_path(name)), **options)
+    with one_line(f"{constant}={name}", f"a folder, or what `hf download {name}` gets"):
+        return kind.from_pretrained(find_path(name).as_posix(), **options)
 
 
 def load_policy(name, frozen=False):
     """A causal model. Trained weights stay float32: AdamW's steps of 1e-6 round to nothing in
     bfloat16. Evaluation mode: dropout would train something else."""
-    dtype = getattr(torch, DTYPE) if frozen or LORA_RANK else torch.float32
+    options = {"dtype": getattr(torch, DTYPE) if frozen or LORA_RANK else torch.float32}
     constant = "RESUME_FROM" if name == RESUME_FROM else "POLICY_MODEL"
-    model = load(AutoModelForCausalLM, name, constant, dtype=dtype)
-    model = model.to(FROZEN_DEVICE if frozen else DEVICE).eval().requires_grad_(not frozen)
-    if LORA_RANK and not frozen:  # beside every linear layer but the head
-        with one_line(f"LORA_RANK={LORA_RANK}", "the package peft: pip install peft"):
+    with one_line(f"{constant}={name}, LORA_RANK={LORA_RANK}", "for LoRA: pip install peft"):
+        if (find_path(name) / "adapter_config.json").exists():  # trained with LORA_RANK
+            from peft import AutoPeftModelForCausalLM
+            model = load(AutoPeftModelForCausalLM, name, constant, **options).merge_and_unload()
+        else:
+            model = load(AutoModelForCausalLM, name, constant, **options)
+        model = model.to(FROZEN_DEVICE if frozen else DEVICE).eval().requires_grad_(not frozen)
+        if LORA_RANK and not frozen:  # beside every linear layer but the head
             from peft import LoraConfig
             model.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0,
                                          target_modules="all-linear"))
-        for parameter in filter(lambda each: each.requires_grad, model.parameters()):
-            parameter.data = parameter.data.float()  # peft gives it the base's dtype
+            for parameter in filter(lambda each: each.requires_grad, model.parameters()):
+                parameter.data = parameter.data.float()  # peft gives it the base's dtype
     for layer in model.modules():  # transformers' own way works in training mode only
         if GRADIENT_CHECKPOINTING and not frozen and isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False,
-                                    preserve_rng_state=False)
+            layer.forward = partial(made_again, layer.forward)
     return model
 
 
+def check_policy(run):
+    """Stop unless sampling, scoring and the model's own forward pass agree, also on a text as long
+    as can be: a window of attention, or a transform behind the head, would train a wrong thing."""
+    policy, count, longest = run.policy, min(8, MAX_NEW_TOKENS), MAX_PROMPT_TOKENS + MAX_NEW_TOKENS
+    ids = [*(row["prompt_ids"] for row in run.train_rows), [run.tokenizer.pad_token_id or 0]]
+    known, wanted = policy.get_input_embeddings().num_embeddings, max(map(max, ids)) + 1
+    places = getattr(policy.config, "max_position_embeddings", None) or longest
+    with one_line(f"POLICY_MODEL={POLICY_MODEL}", f"full attention over MAX_PROMPT_TOKENS + "
+                  f"MAX_NEW_TOKENS = {longest}; README.md says which models were tried"):
+        if wanted > known or longest > places:
+            raise ValueError(f"it has {places} places, and {known} of its tokenizer's {wanted} ids")
+        rows = [{"prompt_ids": ids[0]}, {"prompt_ids": (ids[0] * longest)[:longest - count]}]
+        batch = sample_groups(policy, run.tokenizer, rows, 2, length=count)
+        logps, _ = score_tokens(policy, batch)                                         # (4, T)
+        logps.sum().backward()
+        policy.zero_grad()
+        seen = torch.cat([batch.prompt_mask, batch.completion_mask.long()], 1)         # (4, L + T)
+        with torch.no_grad(), autocast():
+            own = policy(input_ids=torch.cat([batch.prompt_ids, batch.completion_ids], 1),
+                         attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0),
+                         logits_to_keep=logps.shape[1] + 1)
+        own = (own.logits[:, :-1].float() / TEMPERATURE).log_softmax(-1)               # (4, T, V)
+        own = own.gather(2, batch.completion_ids[..., None])[..., 0] * batch.completion_mask
+        apart = (torch.stack([logps, batch.sampled_logps]) - own).abs().max().item()
+        if not apart < (1e-3 if DTYPE == "float32" else 0.1):
+            raise ValueError(f"log-probs are {apart:.2g} nats off {policy.config.model_type}'s own")
+
+
 def new_folder():
-    """Make the run's folder: OUTPUT_DIR, or with _2, _3, ... behind it when that is in use."""
-    number = 1
-    folder = wanted = PROJECT / OUTPUT_DIR.replace("{script}", Path(__file__).stem)
+    """Make the run's folder: OUTPUT_DIR, or with _2, _3, ... behind it. Who makes it has it."""
+    folder = PROJECT / Path(OUTPUT_DIR.replace("{script}", Path(__file__).stem)).expanduser()
     with one_line(f"OUTPUT_DIR={OUTPUT_DIR}", "a folder that can be made"):
-        while folder.exists() and any(folder.iterdir()):
-            number += 1
-            folder = wanted.with_name(f"{wanted.name}_{number}")
-        everyone(None)  # all have seen what there is
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
+        for number in itertools.count(1):
+            with suppress(FileExistsError):
+                one = folder.with_name(folder.name + f"_{number}" * (number > 1))
+                one.mkdir(parents=True)
+                return one
 
 
 def start(arguments):
     """From the command line to a run. What can be checked before models load is checked first."""
     counters = configure(arguments)
     torch.set_num_threads(THREADS or torch.get_num_threads())
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if DTYPE == "bfloat16" else "ieee"  # heads'
     torch.manual_seed(SEED)
-    if DEVICE != "cpu":
+    if DEVICE.startswith("cuda"):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", torch.device(DEVICE).index or 0)))
     if processes > 1:
         dist.init_process_group("gloo" if DEVICE == "cpu" else "nccl")
@@ -1148,27 +1151,25 @@ def start(arguments):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # it is masked: any will do
     train_rows = load_rows("train_datasets", tokenizer)
     eval_rows = load_rows("eval_datasets", tokenizer)[:EVAL_QUESTIONS or None]
-    if len(train_rows) < BATCH_SIZE or len(eval_rows) < processes:
-        fail(f"train_datasets, eval_datasets: {len(train_rows)}, {len(eval_rows)} questions by "
-             f"MAX_PROMPT_TOKENS={MAX_PROMPT_TOKENS}; expected {BATCH_SIZE=}, {processes}")
     epoch = len(train_rows) // BATCH_SIZE  # steps in it
     total_steps = min(NUM_EPOCHS * epoch, MAX_STEPS or math.inf)
-    if counters["step"] >= total_steps:
-        fail(f"RESUME_FROM={RESUME_FROM} is at step {counters['step']} of {total_steps}; expected "
-             "steps to do: raise NUM_EPOCHS or MAX_STEPS")
-    scorers = load_scorers(train_rows + eval_rows)
+    if counters["step"] >= total_steps or len(eval_rows) < processes:
+        fail(f"step {counters['step']} of {total_steps} with {len(train_rows)}, {len(eval_rows)} "
+             "questions; expected steps to do: raise NUM_EPOCHS, MAX_STEPS or MAX_PROMPT_TOKENS")
+    scorers = load_scorers(train_rows[0])
     policy = load_policy(POLICY_MODEL if LORA_RANK else RESUME_FROM or POLICY_MODEL)
     run = SimpleNamespace(
         policy=policy, tokenizer=tokenizer, scorers=scorers, train_rows=train_rows,
         trained={"policy": (policy, new_optimizer(policy, LEARNING_RATE))},  # saved; and a critic
         reference=None,  # the policy as it started, if the algorithm needs a copy of it
         eval_rows=eval_rows, steps_per_epoch=epoch, total_steps=total_steps, history=[], samples="",
-        stopping=0.0, **counters | {"state": {}}, source=Path(__file__).read_bytes())  # as of now
+        source=Path(__file__).read_bytes(), stopping=0.0, finished=None, **counters | {"state": {}})
     prepare(run)
     if RESUME_FROM:
         load_checkpoint(run, find_path(RESUME_FROM))
         run.state |= counters["state"]
-    run.folder = new_folder()
+    check_policy(run)
+    run.folder = everyone(None if rank else new_folder())[0]
     if REWARD_FUNCTION:
         shutil.copy(find_path(re.sub(r":\w+$", "", REWARD_FUNCTION)), run.folder)
     describe(run, arguments)
@@ -1178,24 +1179,21 @@ def start(arguments):
 def describe(run, arguments):
     """Print what trains on what, and where to; keep for constants.json what describes the run."""
     status, commit = subprocess.getstatusoutput(f'git -C "{PROJECT}" rev-parse HEAD')
-    device = (torch.cuda.get_device_name(DEVICE) if DEVICE != "cpu" else
-              f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores")
+    device = torch.cuda.get_device_name(DEVICE) if DEVICE.startswith("cuda") else DEVICE
     run.facts = {"script": Path(__file__).stem, "command": sys.argv, "device": device,
-                 "processes": processes, "torch": torch.__version__, "transformers":
-                 transformers.__version__, "commit": "" if status else commit,
-                 "constants": constants()}
+                 "commit": "" if status else commit, "places": [*dict.fromkeys(map(str, PLACES))],
+                 "torch": torch.__version__, "transformers": transformers.__version__,
+                 "processes": processes, "constants": {name: globals()[name] for name in DEFAULTS}}
     trained = sum(p.numel() for p in run.policy.parameters() if p.requires_grad) / 1e6
     silent = sum(last_number(row["answer"]) is None for row in run.train_rows)
-    few = DEVICE != "cpu" and BATCH_SIZE * GROUP_SIZE // processes < 32
     print(f"""{run.facts["script"]}
-  profile   {PROFILE}, {"a" if torch.cuda.is_available() else "no"} CUDA GPU; {device}; {DTYPE}
+  profile   {PROFILE}; {device}, {torch.get_num_threads()} of {os.cpu_count()} cores; {DTYPE}
   settings  {" ".join(arguments) or "as in the file"}
   policy    {POLICY_MODEL}, {trained:.2f} M parameters to train
   reward    {" + ".join(f"{weight} {name}" for name, weight in REWARD_WEIGHTS.items() if weight)}
-  check     {check_reward_model(run) if "model" in run.scorers else "there is no reward model"}
-  data      {len(run.train_rows)} questions, {len(run.eval_rows)} held out; {silent} lack a number
-  rollout   {BATCH_SIZE} prompts x {GROUP_SIZE} = {BATCH_SIZE * GROUP_SIZE} completions \
-of at most {MAX_NEW_TOKENS} tokens{": few for a GPU, raise BATCH_SIZE and MINIBATCH" * few}
+  data      {len(run.train_rows)} questions, {len(run.eval_rows)} held out; {silent} without a \
+number{": use REWARD_FUNCTION=RL_HAND/self_play/reward_func.py" * bool(silent)}
+  rollout   {BATCH_SIZE} prompts x {GROUP_SIZE} completions of at most {MAX_NEW_TOKENS} tokens
   update    minibatch {MINIBATCH}, micro-batch {MICRO_BATCH}, learning rate {LEARNING_RATE:g}
   algorithm {", ".join(f"{name}={globals()[name]}" for name in ALGORITHM_SHOWN.split())}
   steps     {run.step} of {run.total_steps} done, {run.steps_per_epoch} an epoch; {processes=}
@@ -1209,6 +1207,8 @@ def main(arguments):
         source = Path(__file__).read_text(encoding="utf-8").partition("\nDEFAULTS")[0]
         return print(__doc__, source[source.index("# --- Model"):], sep="\n")
     run = None
+    for stream in {sys.stdout, sys.stderr} & {sys.__stdout__, sys.__stderr__}:  # no notebook's
+        stream.reconfigure(errors="replace")  # what a terminal cannot show
 
     def stop_soon(number, frame):
         """The first time this step becomes the last. (torchrun passes signals on a second time.)"""
@@ -1226,6 +1226,8 @@ def main(arguments):
                 finish_step(run, {})  # what there is before training
             train(run)
         everyone(None)  # nobody leaves while another still writes
+    except SystemExit as error:  # a source of rewards failed, say
+        raise SystemExit(f"{error}; {rescue(run)}" if run else error.code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except RuntimeError as error:
