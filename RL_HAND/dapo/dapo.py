@@ -797,7 +797,7 @@ def score_completions(run, rows, batch, kept=True):
 def read_table(path, kind):
     """A file as a DataFrame: {"a": {"b": 1}} is a column "a.b"; JSON's numbers stay as written."""
     if (kind or path.suffix[1:]) == "parquet":
-        return pyarrow.parquet.read_table(path).flatten().to_pandas()
+        return pd.json_normalize(pyarrow.parquet.read_table(path).to_pylist())
     text = path.read_text(encoding="utf-8-sig").strip()
     read = partial(json.loads, parse_float=str, parse_int=str)
     rows = read(text) if text[:1] == "[" else [read(line) for line in text.split("\n") if line]
@@ -1034,7 +1034,7 @@ def one_line(what, expected):
     try:
         yield
     except (Exception, SystemExit) as error:  # files, libraries, users' functions raise anything
-        if str(error).startswith("error: "):
+        if isinstance(error, SystemExit) and str(error).startswith("error: "):  # it is one line
             raise
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         fail(f"{what}: {kind}{' '.join(str(error).split())[:250]}; expected {expected}")
