@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: gspo test benchmark data
+.PHONY: gspo test benchmark data notebooks
 
 gspo: $(VENV)/ready
 	$(BIN)/python RL_HAND/gspo/gspo.py
@@ -16,6 +16,9 @@ benchmark: $(VENV)/ready-dev
 
 data: $(VENV)/ready
 	$(BIN)/python data/build.py
+
+notebooks: $(VENV)/ready-dev
+	$(BIN)/python tools/notebooks.py
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("error: found Python %d.%d; expected 3.11 or newer: make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
