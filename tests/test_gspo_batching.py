@@ -178,7 +178,7 @@ class Largest(TorchDispatchMode):
 
 def test_logits_at_once_changes_the_memory_and_nothing_else(embedded):
     """The logits of all tokens, B x T x V numbers, never exist at a time, in the backward pass
-    neither; log-probs, entropies and gradients are those of the single piece."""
+    neither, for which none are kept; log-probs, entropies and gradients are the single piece's."""
     gspo, vocabulary = embedded, 3000
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(  # its logits are by far the largest thing in it
@@ -188,15 +188,21 @@ def test_logits_at_once_changes_the_memory_and_nothing_else(embedded):
     rows = [{"prompt_ids": [5, 6, 7]}, {"prompt_ids": [8, 9]}]
     batch = invented_batch(gspo, rows, [30] * 8, vocabulary)
     weights = torch.randn(2, 8, 30, generator=generator(1))
-    results, largest = [], []
+    results, largest, kept = [], [], []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
     for gspo.LOGITS_AT_ONCE in (2**26, 20 * vocabulary, 700):
         with Largest() as recorder:
-            scores = torch.stack(gspo.score_tokens(model, batch))
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                scores = torch.stack(gspo.score_tokens(model, batch))
             results.append((scores.detach(), gradients(model, (scores * weights).sum())))
         largest.append(recorder.elements)
     assert largest[0] == 8 * 30 * vocabulary  # the recorder sees what it is to see
     assert largest[1] == 20 * vocabulary
     assert largest[2] < largest[1]  # a token at a time: other tensors are larger
+    assert max(kept) == 16 * vocabulary  # the head's weight
     for scores, gradient in results[1:]:
         torch.testing.assert_close(scores, results[0][0], rtol=1e-5, atol=1e-5)
         assert apart(gradient, results[0][1]) < 1e-5
@@ -205,21 +211,22 @@ def test_logits_at_once_changes_the_memory_and_nothing_else(embedded):
 # ============================================ Sampling ===========================================
 
 
-def script_draws(gspo, monkeypatch, scripts):
-    """Replace `draw`: completion i gets the tokens of scripts[i], whatever the model says. Each row
-    is told by its chance, here the row's number. Those that have ended must have left."""
+def script_draws(monkeypatch, scripts):
+    """Replace the draw: completion i gets the tokens of scripts[i], whatever the model says. Each
+    row is told by its chance, here the row's number, which the draw multiplies with the sum of the
+    probabilities. Those that have ended must have left."""
     state = SimpleNamespace(step=0)
     monkeypatch.setattr(torch, "rand", lambda rows, group, columns, **_: torch.arange(
         rows * group).double().view(rows, group, 1).expand(rows, group, columns))
 
-    def draw(logps, chance):
-        live = chance.long().tolist()
+    def searchsorted(total, point, right):
+        live = (point / total[:, -1:])[:, 0].round().long().tolist()
         assert live == [i for i, script in enumerate(scripts) if state.step < len(script)]
-        assert len(logps) == len(live)
+        assert len(total) == len(live)
         tokens = [scripts[i][state.step] for i in live]
         state.step += 1
-        return torch.tensor(tokens)
-    monkeypatch.setattr(gspo, "draw", draw)
+        return torch.tensor(tokens)[:, None]
+    monkeypatch.setattr(torch, "searchsorted", searchsorted)
 
 
 def test_the_mask_ends_with_the_first_end_token(embedded, policy, tokenizer, monkeypatch):
@@ -230,7 +237,7 @@ def test_the_mask_ends_with_the_first_end_token(embedded, policy, tokenizer, mon
     assert tokenizer.eos_token_id == 2 and tokenizer.pad_token_id == 0
     scripts = [[9, 10, 2], [9, 10, 0], [2], [0], [9, 10, 11, 12, 13, 2], [9, 10, 11, 12, 13, 0],
                [9, 10, 11, 12, 13, 14], [9, 10, 11, 12, 13, 14]]
-    script_draws(gspo, monkeypatch, scripts)
+    script_draws(monkeypatch, scripts)
     rows = questions(gspo, tokenizer, 2)
     batch = gspo.sample_groups(policy, tokenizer, rows, 4)
     assert batch.completion_mask.sum(1).tolist() == [len(script) for script in scripts]
@@ -254,7 +261,7 @@ def test_either_source_of_end_ids_is_enough(embedded, policy, tokenizer, monkeyp
     gspo, gspo.MAX_NEW_TOKENS = embedded, 2
     monkeypatch.setattr(policy.generation_config, "eos_token_id", configured)
     tokens = [0, 2, 5, 9]
-    script_draws(gspo, monkeypatch, [[x] if x in expected else [x, 11] for x in tokens])
+    script_draws(monkeypatch, [[x] if x in expected else [x, 11] for x in tokens])
     batch = gspo.sample_groups(policy, tokenizer, questions(gspo, tokenizer, 2), 2)
     assert batch.ended.tolist() == [x in expected for x in tokens]
 
@@ -266,7 +273,7 @@ def test_dropping_finished_rows_changes_nothing(embedded, policy, tokenizer, mon
     lengths = [1, 40, 2, 3, 40, 5, 8, 13, 1, 21, 34, 39]
     tokens = torch.randint(3, policy.config.vocab_size, (12, 40), generator=generator(1)).tolist()
     scripts = [row[:n - 1] + [2] if n < 40 else row for row, n in zip(tokens, lengths)]
-    script_draws(gspo, monkeypatch, scripts)
+    script_draws(monkeypatch, scripts)
     batch = gspo.sample_groups(policy, tokenizer, questions(gspo, tokenizer, 3), 4)
     assert tokens_of(batch) == scripts
     assert batch.ended.tolist() == [n < 40 for n in lengths]
@@ -543,7 +550,7 @@ def test_an_update_goes_the_right_way(embedded, tmp_path, monkeypatch, term):
     run = started_run(gspo, tmp_path, f"ENTROPY_COEF={float(term == 'entropy')}",
                       f"KL_COEF={float(term == 'kl')}")
     if term != "policy":
-        run.scorers["function"] = lambda questions, responses, references: [0.5] * len(responses)
+        run.scorers["function"] = lambda rows, responses: [0.5] * len(responses)
     if term == "kl":
         noise = generator(5)
         with torch.no_grad():
@@ -606,22 +613,22 @@ def test_bfloat16_rescores_the_old_log_probs(embedded, policy, tokenizer):
     assert (gspo.score_tokens(policy, batch)[0] - logps).abs().max() > 1e-4  # it was bfloat16
 
 
-def test_in_bfloat16_the_head_sums_in_float32(embedded, policy, tokenizer):
-    """What goes into the last product is rounded, its sum is not: not in scoring, and not in
-    sampling, which happens inside of the autocast. Weights and their gradients stay float32."""
+def test_in_bfloat16_the_head_is_float32(embedded, policy, tokenizer):
+    """Neither the head's weights nor its sums are rounded: not in scoring, and not in sampling,
+    which happens inside of the autocast. Weights and their gradients stay float32."""
     gspo, gspo.DTYPE = embedded, "bfloat16"
-    a, b = torch.randn(5, 64, generator=generator()), torch.randn(64, 3, generator=generator(1))
+    a, b = torch.randn(5, 64, generator=generator()), torch.randn(3, 64, generator=generator(1))
     with gspo.autocast():
-        assert (a @ b).dtype == torch.bfloat16  # so that there is something to switch off
-        found = gspo.product(a.bfloat16(), b.bfloat16())
+        assert (a @ b.T).dtype == torch.bfloat16  # so that there is something to switch off
+        found = gspo.logits_of(a.bfloat16(), b)
     assert found.dtype == torch.float32
-    assert torch.allclose(found.double(), a.bfloat16().double() @ b.bfloat16().double(), atol=1e-5)
+    assert torch.allclose(found.double(), a.bfloat16().double() @ b.double().T, atol=1e-5)
     batch = sample(gspo, policy, tokenizer, questions(gspo, tokenizer, 3), 4)
     weight = policy.get_output_embeddings().weight
     ids = batch.completion_ids[batch.completion_mask.bool()]
     with torch.no_grad():
         states = gspo.states_before(policy, batch)
-        exact = torch.log_softmax(states.double() @ weight.bfloat16().double().T, -1)
+        exact = torch.log_softmax(states.double() @ weight.double().T, -1)
     exact = exact.gather(1, ids[:, None])[:, 0]
     logps, _ = gspo.score_tokens(policy, batch)
     found = logps[batch.completion_mask.bool()].double()
@@ -644,7 +651,7 @@ def answered(gspo, tokenizer, texts, end=True):
     return batch, tokens
 
 
-def toy_score(questions, responses, references):
+def toy_score(rows, responses):
     """Any function of the text will do; not 0 for an empty one."""
     return [0.25 + sum(map(ord, text)) % 11 + 0.125 * len(text) for text in responses]
 
@@ -694,12 +701,12 @@ def test_sentences_rewards_add_up(embedded, tokenizer):
     """A sentence's reward is what it added: together, the answer's less an empty answer's. One that
     is not there added 0."""
     gspo, seen = embedded, scored_sentences(embedded, tokenizer, ANSWERS)
-    whole = torch.tensor(toy_score(None, ANSWERS, None))
-    empty, = toy_score(None, [""], None)
+    whole = torch.tensor(toy_score(None, ANSWERS))
+    empty, = toy_score(None, [""])
     torch.testing.assert_close(seen.added.sum(1), whole - empty)
     assert seen.added.shape == (8, 4)  # "3. 4. 5. 6"
     for i, pieces in enumerate(seen.pieces):
-        scores = toy_score(None, ["".join(pieces[:k]) for k in range(len(pieces) + 1)], None)
+        scores = toy_score(None, ["".join(pieces[:k]) for k in range(len(pieces) + 1)])
         added = [after - before for before, after in zip(scores, scores[1:])]
         assert seen.added[i].tolist() == pytest.approx(added + [0.0] * (4 - len(added)), abs=1e-5)
     advantages = gspo.compute_advantages(seen.added)
