@@ -62,6 +62,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import hf_hub_download
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
@@ -69,7 +70,6 @@ from tqdm.auto import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           DynamicCache)
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import cached_file
 
 
 class Either(NamedTuple):
@@ -777,7 +777,7 @@ def load_rows(name, tokenizer):
             key: entry[key] for key in entry.keys() - {"path", "type", "input", "output"}}
         with one_line(f"{name}: {path}", "parquet or json with text in the columns "
                       f"{', '.join(columns.values())}; for other forms there is data/convert.py"):
-            found = cached_file(hub[1], hub[2], repo_type="dataset") if hub else find_path(path)
+            found = hf_hub_download(*hub.groups(), repo_type="dataset") if hub else find_path(path)
             files = [found] if os.path.exists(found) else sorted(glob.glob(str(found))) or [found]
             table = pd.concat(read_table(Path(file), entry.get("type")) for file in files)
             if missing := set(columns.values()) - set(table):
@@ -920,7 +920,7 @@ def rescue(run):
         vars(run).update(run.finished)
         with suppress(OSError):  # another process may be doing it
             save_checkpoint(run)
-    saved = sorted(run.folder.glob("*/trainer_state.json"), key=os.path.getmtime)
+    saved = sorted(run.folder.glob("[!.]*/trainer_state.json"), key=os.path.getmtime)
     return f"go on with RESUME_FROM={saved[-1].parent}" if saved else "nothing was trained yet"
 
 
