@@ -124,9 +124,9 @@ MUTATIONS = {  # name: (text, what takes its place, the test that must fail)
         "/ (temperature or 1.0)", "/ 1.0",
         batching.test_the_sampled_distribution_is_the_scored_one),
     "the generation_config's top_k is used": (
-        "    total = logps.exp().cumsum(",
-        "    logps = logps.masked_fill(logps < logps.topk(20).values[:, -1:], -math.inf)\n"
-        "    total = logps.exp().cumsum(",
+        "total = all_logps.exp().cumsum(",
+        "total = all_logps.where(all_logps >= all_logps.topk(20).values[:, -1:], -math.inf).exp()."
+        "cumsum(",
         batching.test_sampling_follows_the_softmax_and_nothing_else),
     "the end token is not scored": (
         "mask[row, t] = token, 1.0", "mask[row, t] = token, (~torch.isin(token, ends)).float()",
@@ -154,15 +154,15 @@ MUTATIONS = {  # name: (text, what takes its place, the test that must fail)
         "cache.batch_select_indices(torch.arange(len(going)))",
         batching.test_dropping_finished_rows_changes_nothing),
     "chance is drawn for the rows that are left": (
-        "draw(all_logps, chance[row, t])", "draw(all_logps, chance[:len(row), t])",
+        "point = chance[row, t, None]", "point = chance[:len(row), t, None]",
         batching.test_a_completion_does_not_depend_on_those_beside_it),
     "all processes draw the same chance": (
-        ")[rank::processes].flatten(0, 1)", ")[:len(rows)].flatten(0, 1)",
+        "chance[rank::processes].flatten(0, 1)", "chance[:len(rows)].flatten(0, 1)",
         batching.test_a_completion_does_not_depend_on_those_beside_it),
     # ---- Log-probabilities
     "scoring forgets the temperature": (
-        "logps = torch.log_softmax(logits / TEMPERATURE, -1)",
-        "logps = torch.log_softmax(logits, -1)",
+        "torch.log_softmax(logits_of(states, weight) / TEMPERATURE, -1)",
+        "torch.log_softmax(logits_of(states, weight), -1)",
         batching.test_the_sampled_distribution_is_the_scored_one),
     "log-probs are those of the token before": (
         "tokens = batch.completion_ids[", "tokens = batch.completion_ids.roll(1, 1)[",
@@ -187,22 +187,25 @@ MUTATIONS = {  # name: (text, what takes its place, the test that must fail)
     "a completion's positions go on from the one before it": (
         "length + number % longest", "length + number",
         batching.test_packed_scores_are_those_of_plain_forward_passes),
-    "the head's gradient is that of its last piece": (
-        "total += product(part.T, some)", "total.copy_(product(part.T, some))",
+    "the head gets no gradient": (
+        "logps_and_entropy, some, weight, ids)", "logps_and_entropy, some, weight.detach(), ids)",
+        batching.test_packed_scores_are_those_of_plain_forward_passes),
+    "all logits are kept for the backward pass": (
+        "made_again(logps_and_entropy, some", "logps_and_entropy(some",
         batching.test_logits_at_once_changes_the_memory_and_nothing_else),
     "log-probs in bfloat16": (
-        "return a.float() @ b.float()", "return (a.bfloat16() @ b.bfloat16()).float()",
+        "return states.float() @ weight.float().T",
+        "return (states.bfloat16() @ weight.bfloat16().T).float()",
         batching.test_packed_scores_are_those_of_plain_forward_passes),
     "bfloat16 keeps the sampler's log-probs": (
         'if DTYPE == "float32" else score_without_grad(policy, batch)', "",
         batching.test_bfloat16_rescores_the_old_log_probs),
-    "bfloat16 rounds the head's sums": (
-        "return a.float() @ b.float()",
-        "return (a.to(getattr(torch, DTYPE)) @ b.to(getattr(torch, DTYPE))).float()",
-        batching.test_in_bfloat16_the_head_sums_in_float32),
+    "bfloat16 rounds the head's weights": (
+        "@ weight.float().T", "@ weight.to(getattr(torch, DTYPE)).float().T",
+        batching.test_in_bfloat16_the_head_is_float32),
     "the head is under the autocast of what is around it": (
-        "with torch.autocast(a.device.type, enabled=False):", "if True:",
-        batching.test_in_bfloat16_the_head_sums_in_float32),
+        "with torch.autocast(states.device.type, enabled=False):", "if True:",
+        batching.test_in_bfloat16_the_head_is_float32),
     # ---- Constants, resuming, and several processes
     "what was set once stays set": (
         "values = DEFAULTS | dict(map(parse, arguments))",
@@ -218,7 +221,7 @@ MUTATIONS = {  # name: (text, what takes its place, the test that must fail)
         '**counters | {"state": {}}', '**counters | {"state": {}, "questions": 0}',
         resume.test_resumed_run_equals_the_uninterrupted_one),
     "the optimiser is not resumed": (
-        'optimizer.load_state_dict(saved | {"state": dict(state)})', "pass",
+        'optimizer.load_state_dict(optimizer.state_dict() | {"state": state})', "pass",
         resume.test_resumed_run_equals_the_uninterrupted_one),
     "the gradient is not averaged over the processes": (
         "dist.all_reduce(parameter.grad.div_(processes))", "parameter.grad.div_(processes)",

@@ -1,5 +1,5 @@
-"""The head in pieces, checkpointing, adapters, the draw: the same numbers in less memory. The pieces
-are held against plain log-probs over a large vocabulary, in float64."""
+"""The head in pieces, checkpointing, adapters, the draw: the same numbers in less memory. The
+pieces are held against plain log-probs over a large vocabulary, in float64."""
 
 import math
 import re
