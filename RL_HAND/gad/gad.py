@@ -714,8 +714,8 @@ def at_tokens(batch, values):
 
 
 def score_tokens(model, batch):
-    """Log-probs at TEMPERATURE, and exact entropy; (b, T) each, 0 in padding. Logits, (n, V), exist
-    LOGITS_AT_ONCE at a time, and are made again in the backward pass."""
+    """Log-probs at TEMPERATURE, and exact entropy; (b, T) each, 0 in padding. Logits (n, V)
+    exist LOGITS_AT_ONCE at a time, and are made again in the backward pass."""
     states, weight = states_before(model, batch), model.get_output_embeddings().weight
     tokens = batch.completion_ids[batch.completion_mask.bool()]
     size = max(1, LOGITS_AT_ONCE // len(weight))
@@ -1313,7 +1313,7 @@ def check_policy(run):
             own = policy(input_ids=torch.cat([batch.prompt_ids, batch.completion_ids], 1),
                          attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0),
                          logits_to_keep=logps.shape[1] + 1)
-        own = (own.logits[:, :-1].float() / TEMPERATURE).log_softmax(-1)               # (4, T, V)
+        own = (own.logits[:, :-1].float() / TEMPERATURE).log_softmax(-1)       # (4, T, V)
         own = own.gather(2, batch.completion_ids[..., None])[..., 0] * batch.completion_mask
         apart = (torch.stack([logps, batch.sampled_logps]) - own).abs().max().item()
         if not apart < (1e-3 if DTYPE == "float32" else 0.1):
@@ -1353,7 +1353,7 @@ def start(arguments):
     total_steps = min(NUM_EPOCHS * epoch, MAX_STEPS or math.inf)
     if counters["step"] >= total_steps or len(eval_rows) < processes:
         fail(f"step {counters['step']} of {total_steps} with {len(train_rows)}, {len(eval_rows)} "
-             "questions; expected steps to do: raise NUM_EPOCHS, MAX_STEPS or MAX_PROMPT_TOKENS")
+             "questions; expected more: raise NUM_EPOCHS, MAX_STEPS, lower BATCH_SIZE")
     scorers = load_scorers(train_rows[0])
     policy = load_policy(POLICY_MODEL if LORA_RANK else RESUME_FROM or POLICY_MODEL)
     run = SimpleNamespace(
@@ -1385,7 +1385,7 @@ def describe(run, arguments):
     trained = sum(p.numel() for p in run.policy.parameters() if p.requires_grad) / 1e6
     silent = sum(last_number(row["answer"]) is None for row in run.train_rows)
     print(f"""{run.facts["script"]}
-  profile   {PROFILE}; {device}, {torch.get_num_threads()} of {os.cpu_count()} cores; {DTYPE}
+  profile   {PROFILE}, {"a" if torch.cuda.is_available() else "no"} CUDA GPU; {device}; {DTYPE}
   settings  {" ".join(arguments) or "as in the file"}
   policy    {POLICY_MODEL}, {trained:.2f} M parameters to train
   reward    {" + ".join(f"{weight} {name}" for name, weight in REWARD_WEIGHTS.items() if weight)}

@@ -244,8 +244,7 @@ NUMBER = re.compile(r"""
     (?<![a-z\d^/])(?<!\d:)(?<!\^[-{])(?<!\^\{-)  # not inside a word, a power, a date or a time
     (?:(\d{1,9})[ \\](?=\d+/))?+  # the 3 of 3 1/2; then its 1, or any number: 5, 0.5, .5, 5e-3
     ((?:\d{1,99}+(?:\.\d{1,99})?+|(?<![\d.])\.\d{1,99}+)(?:e[+-]?\d{1,3})?+)
-    (?:[ ]?/[ ]?([1-9]\d{0,98}+(?:\.\d{1,99})?+))?+  # the 2 of 3 1/2
-    (?:[ ]?(hundred|thousand|million)s?\b)?+
+    (?:[ ]?/[ ]?([1-9]\d{0,98}+(?:\.\d{1,99})?+))?+(?:[ ]?(hundred|thousand|million)s?\b)?+  # 2
     (?!\d|[:/]\d|\^(?!\{?\\circ)  # no digits or power may follow, nor a variable: 5x (5m is fine)
       |\\?(?:pi|[a-fi-kn-rt-z])(?![a-z]))""", re.VERBOSE | re.IGNORECASE)
 
