@@ -776,7 +776,7 @@ def load_rows(name, tokenizer):
         columns = {"question": entry["input"], "answer": entry["output"]} | {
             key: entry[key] for key in entry.keys() - {"path", "type", "input", "output"}}
         with one_line(f"{name}: {path}", "parquet or json with text in the columns "
-                      f"{', '.join(columns.values())}; for other forms there is data/convert.py"):
+                      f"{', '.join(columns.values())}; see data/convert.py, or `hf download` it"):
             found = hf_hub_download(*hub.groups(), repo_type="dataset") if hub else find_path(path)
             files = [found] if os.path.exists(found) else sorted(glob.glob(str(found))) or [found]
             table = pd.concat(read_table(Path(file), entry.get("type")) for file in files)
@@ -784,8 +784,8 @@ def load_rows(name, tokenizer):
                 raise ValueError(f"no column {', '.join(missing)}; it has {[*table]}")
             table = table[[*columns.values()]].set_axis([*columns], axis=1).map(
                 lambda x: str(x) if isinstance(x, (int, float)) and x == x else x)  # x != x: none
-            chats = table["question"].map(lambda value: [{"role": "user", "content": value}]
-                                          if isinstance(value, str) else list(value))
+            chats = table["question"].map(lambda value: value if isinstance(value, list)
+                                          else [{"role": "user", "content": value}])
             table["question"] = chats.map(lambda chat: chat[-1]["content"])
             text = table.map(lambda value: isinstance(value, str))
             if table.empty or not text.all(axis=None):
@@ -795,7 +795,7 @@ def load_rows(name, tokenizer):
         prompts = tokenizer.apply_chat_template([row.pop("chat") for row in rows],
                                                 add_generation_prompt=True,
                                                 enable_thinking=ENABLE_THINKING)["input_ids"]
-        if len(set(map(tuple, prompts))) < len({row["question"] for row in rows}):
+        if len(set(map(tuple, prompts))) < len({row["question"].strip() for row in rows}):
             raise ValueError("different questions give the same prompt")
     kept = [row | {"prompt_ids": ids} for row, ids in zip(rows, prompts)
             if len(ids) <= MAX_PROMPT_TOKENS]
@@ -1069,7 +1069,7 @@ def configure(arguments):
 
 def load(kind, name, constant, **options):
     """`kind.from_pretrained(name)`, a folder or id, with one line of help when that fails."""
-    with one_line(f"{constant}={name}", f"a folder, or what `hf download {name}` gets"):
+    with one_line(f"{constant}={name}", f"a folder, `hf download {name}`, or PROFILE=embedded"):
         return kind.from_pretrained(find_path(name).as_posix(), **options)
 
 
@@ -1129,10 +1129,10 @@ def new_folder():
     """Make the run's folder: OUTPUT_DIR, or with _2, _3, ... behind it. Who makes it has it."""
     folder = PROJECT / Path(OUTPUT_DIR.replace("{script}", Path(__file__).stem)).expanduser()
     with one_line(f"OUTPUT_DIR={OUTPUT_DIR}", "a folder that can be made"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):
             with suppress(FileExistsError):
-                one = folder.with_name(folder.name + f"_{number}" * (number > 1))
-                one.mkdir(parents=True)
+                (one := folder.with_name(folder.name + f"_{number}" * (number > 1))).mkdir()
                 return one
 
 
