@@ -23,6 +23,7 @@ FOLDER = ROOT / "RL_HAND"
 NAMES = ["gspo", "grpo", "dapo", "ppo", "gad", "self_play"]
 SCRIPTS = {name: FOLDER / name / f"{name}.py" for name in NAMES}
 OTHERS = NAMES[1:]
+SYNCED = SCRIPTS | {"reward_func": FOLDER / "self_play" / "reward_func.py"}
 SOURCES = {name: path.read_text(encoding="utf-8") for name, path in SCRIPTS.items()}
 SYNC = import_file(ROOT / "tools" / "sync.py", "sync_under_test")
 TABLES = import_file(ROOT / "tools" / "tables.py", "tables_under_test")
@@ -140,7 +141,7 @@ def test_headings_stand_in_one_order():
 
 PLANTS = {  # what: (script, text of the script, what takes its place)
     "requirement": ("ppo", '# requires-python = ">=3.11"', '# requires-python = ">=3.12"'),
-    "import": ("grpo", "import difflib\n", "import difflib \n"),
+    "import": ("grpo", "import glob\n", "import glob \n"),
     "constant before Algorithm": ("grpo", "MAX_GRAD_NORM = 1.0", "MAX_GRAD_NORM = 2.0"),
     "constant after Algorithm": ("ppo", "EVAL_BATCH = Either(32", "EVAL_BATCH = Either(33"),
     "comment of a constant": ("dapo", "0: only epoch_N/", "0: only epoch_N"),
@@ -154,18 +155,20 @@ PLANTS = {  # what: (script, text of the script, what takes its place)
                            "rewards.unflatten(0, (-1, GROUP_SIZE)), batch.comp"),
     "value beside one's own": ("self_play", "EVAL_QUESTIONS = Either(256, 512)",
                                "EVAL_QUESTIONS = Either(256, 128)"),
+    "grammar of numbers": ("reward_func", "# a currency", "# currency"),
+    "reading of a number": ("reward_func", '"m": 10**6}', '"m": 10**5}'),
 }
 
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
-    """The scripts in a folder of their own, at which the tool looks."""
-    for path in SCRIPTS.values():
-        (tmp_path / "RL_HAND" / path.stem).mkdir(parents=True)
-        shutil.copy(path, tmp_path / "RL_HAND" / path.stem)
+    """The scripts and the reward function in a folder of their own, at which the tool looks."""
+    for path in SYNCED.values():
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / path.relative_to(ROOT))
     monkeypatch.setattr(SYNC, "ROOT", tmp_path)
     monkeypatch.setattr(SYNC, "ORIGINAL", tmp_path / "RL_HAND" / "gspo" / "gspo.py")
-    return {name: tmp_path / "RL_HAND" / name / f"{name}.py" for name in NAMES}
+    return {name: tmp_path / path.relative_to(ROOT) for name, path in SYNCED.items()}
 
 
 @pytest.mark.parametrize("what", PLANTS)
@@ -173,20 +176,22 @@ def test_a_difference_is_named_and_repaired(copied, capsys, what):
     """One that is a byte or so. --check says in which file, shows it, names the command, and writes
     nothing; the command brings back every byte, and touches no other file."""
     name, text, instead = PLANTS[what]
-    assert SOURCES[name].count(text) == 1, text
-    planted = SOURCES[name].replace(text, instead)
+    source = SYNCED[name].read_text(encoding="utf-8")
+    assert source.count(text) == 1, text
+    planted = source.replace(text, instead)
     copied[name].write_text(planted, encoding="utf-8")
     assert SYNC.main(["--check"])
     printed = capsys.readouterr().out
-    assert f"RL_HAND/{name}/{name}.py differs from gspo.py" in printed.replace("\\", "/")
+    where = SYNCED[name].relative_to(ROOT).as_posix()
+    assert f"{where} differs from gspo.py" in printed.replace("\\", "/")
     assert printed.count("differs from gspo.py") == 1 and "python tools/sync.py" in printed
-    line = next(line for line in planted.splitlines() if line not in SOURCES[name].splitlines())
+    line = next(line for line in planted.splitlines() if line not in source.splitlines())
     assert f"\n-{line}\n" in printed
     assert copied[name].read_text(encoding="utf-8") == planted
     assert not SYNC.main([])
     assert f"{name}.py" in capsys.readouterr().out
     for script, path in copied.items():
-        assert path.read_bytes() == SCRIPTS[script].read_bytes()
+        assert path.read_bytes() == SYNCED[script].read_bytes()
 
 
 OWN_TEXTS = {  # what is a script's own, in both profiles: the Algorithm group, the functions of the
@@ -417,9 +422,12 @@ def check_columns(name, run):
 
 
 def check_what_it_says(name, run):
-    """The start-up block shows the algorithm's constants as they are; the networks in memory: DAPO
-    has the policy and nothing beside it; GRPO the reference; PPO that and the critic."""
-    assert run.networks == NETWORKS[name] and run.printed.startswith(f"{name}\n")
+    """What was read of the data sets; the start-up block shows the algorithm's constants as they
+    are; the networks in memory: DAPO has the policy and nothing beside it; GRPO the reference; PPO
+    that and the critic."""
+    assert run.networks == NETWORKS[name]
+    assert re.match(rf"train_datasets: (\d+) of \1 questions are .+\neval_datasets: .+\n{name}\n",
+                    run.printed)
     algorithm = re.search(r"^  algorithm +(.+)$", run.printed, re.M)[1]
     shown = run.module.ALGORITHM_SHOWN.split()
     assert set(shown) <= {constant for constant, (group, _) in constants(SOURCES[name]).items()
@@ -438,18 +446,17 @@ def check_files(name, run):
     parts = {"ppo": ["critic"], "gad": ["discriminator", "reference"]}.get(name, [])
     for checkpoint in (folder / "step_1", last):
         assert (checkpoint / "train_script.py").read_bytes() == SCRIPTS[name].read_bytes()
-        files = {p.name for p in checkpoint.glob("*.safetensors")}
-        assert files == {"model.safetensors", "policy_optimizer.safetensors",
-                         *(f"{part}.safetensors" for part in parts),
-                         *(f"{part}_optimizer.safetensors" for part in parts
-                           if part != "reference")}
+        assert {p.name for p in checkpoint.glob("*.safetensors")} == {
+            "model.safetensors", *(f"{part}.safetensors" for part in parts)}
+        assert {p.name for p in checkpoint.glob("*.pt")} == {
+            f"{part}_optimizer.pt" for part in ["policy", *parts] if part != "reference"}
     start, one, two = (load_file(path / "model.safetensors") for path in
                        (ROOT / "data" / "policy", folder / "step_1", last))
     assert start.keys() == one.keys() == two.keys()
     held = all(torch.equal(start[key], one[key]) for key in start)
     assert held == (name == "ppo")  # CRITIC_WARMUP=1: not a bit of it has moved
     assert any(not torch.equal(one[key], two[key]) for key in one)
-    moments = load_file(folder / "step_1" / "policy_optimizer.safetensors")
+    moments = torch.load(folder / "step_1" / "policy_optimizer.pt", weights_only=True)
     assert (len(moments) == 0) == held
 
 
@@ -539,6 +546,12 @@ def check_resume(name, folder, again):
         assert one.keys() == other.keys() and len(one) > 10
         for key, value in one.items():
             assert torch.equal(value, other[key]), f"{file.name}: {key}"
+    for file in (folder / "step_2").glob("*.pt"):
+        one, other = (torch.load(path / "step_2" / file.name, weights_only=True)
+                      for path in (folder, again))
+        assert one.keys() == other.keys() and len(one) > 10
+        for key, state in one.items():
+            assert all(torch.equal(value, other[key][name]) for name, value in state.items())
     one, other = ((path / "step_2" / "trainer_state.json").read_text() for path in (folder, again))
     assert one == other and json.loads(one)["step"] == 2
 

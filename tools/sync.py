@@ -6,7 +6,8 @@
 Shared are: requirements, imports, the constants outside the Algorithm group; every top-level
 function or class of the lesson whose name stands in several scripts, unless OWN names it with the
 reason; and everything below the line SAME. A script whose source has names of its own for shared
-constants keeps them (RENAMED, in compare.py), and the values in OWN_VALUES.
+constants keeps them (RENAMED, in compare.py), and the values in OWN_VALUES. A reward function, a
+file of its own, has the GRAMMAR of numbers.
 """
 
 import ast
@@ -30,6 +31,7 @@ OWN = {  # name -> why it differs between scripts
     "token_weights": "the aggregation is part of the algorithm",
     "compute_advantages": "baseline, paper and worked example differ; PPO's is GAE",
 }
+GRAMMAR = ("NUMBER", "last_number")
 RENAMED = next(  # script -> shared name -> its name
     ast.literal_eval(node.value)
     for node in ast.parse((ROOT / "RL_HAND" / "compare.py").read_text(encoding="utf-8")).body
@@ -92,12 +94,21 @@ def synchronised(source, original):
     return source
 
 
+def with_grammar(source, original):
+    """A reward function's text with the original's grammar of numbers."""
+    ours, theirs = definitions(source), definitions(original)
+    for name in GRAMMAR:
+        source = source.replace(ours[name], theirs[name])
+    return source
+
+
 def main(arguments):
     """Repair, or with --check only report."""
     original, stale = ORIGINAL.read_text(encoding="utf-8"), 0
-    for path in scripts():
+    for path in [*scripts(), *sorted((ROOT / "RL_HAND").glob("*/reward_func.py"))]:
         source = path.read_text(encoding="utf-8")
-        wanted = synchronised(source, localised(original, path.stem, source))
+        wanted = (with_grammar(source, original) if path.stem == "reward_func" else
+                  synchronised(source, localised(original, path.stem, source)))
         if wanted == source:
             continue
         stale += 1
