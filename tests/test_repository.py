@@ -12,11 +12,13 @@ import sys
 import time
 import tokenize
 import tomllib
-from decimal import Decimal
+from fractions import Fraction
 
+import huggingface_hub.constants
 import pandas as pd
 import pytest
 from conftest import ROOT, import_file
+from huggingface_hub.file_download import repo_folder_name
 from transformers import AutoTokenizer
 
 NAMES = ["gspo", "grpo", "dapo", "ppo", "gad", "self_play"]
@@ -100,7 +102,7 @@ def test_no_reason_for_a_long_function_is_stale():
 
 
 def test_the_constants_that_were_asked_for(gspo):
-    constants = gspo.constants()
+    constants = gspo.resolve(gspo.DEFAULTS, "full")
     assert set(DEFAULTS) <= set(constants)
     for name, value in DEFAULTS.items():
         if value is not None:
@@ -212,7 +214,7 @@ def test_import_has_no_side_effects(tmp_path):
 import os, random, signal, sys, warnings
 sys.dont_write_bytecode = True
 import numpy, pandas, torch, transformers, matplotlib.figure, tqdm.auto, safetensors.torch
-import torch.distributed, transformers.modeling_layers
+import huggingface_hub, torch.distributed, transformers.modeling_layers
 from transformers import AutoModelForCausalLM, DynamicCache
 
 def state():
@@ -291,8 +293,9 @@ def test_requirements_are_pinned():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_script_imports_only_what_it_requires(name):
-    """safetensors comes with transformers; peft is optional, imported where it is used."""
-    allowed = {line.split("==")[0] for line in pins("requirements.txt")} | {"safetensors", "peft"}
+    """Two come with transformers; peft is optional, imported where it is used."""
+    allowed = {line.split("==")[0] for line in pins("requirements.txt")} | {
+        "safetensors", "huggingface_hub", "peft"}
     for node in ast.walk(TREES[name]):
         modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
             [node.module] if isinstance(node, ast.ImportFrom) else []
@@ -459,24 +462,61 @@ def test_commands_in_the_pages_would_run(page):
     (r"\boxed{42}", "42"), (r"\boxed{-3}", "-3"), (r"$\boxed{1,000}$.", "1000"),
     ("#### 72", "72"), ("**72**", "72"), ("50%", "50"), ("007", "7"), ("first 1\nthen 2\n", "2"),
     ("no number", None), ("", None), ("-", None), (".", None), ("one two", None), ("½", None),
+    # a point, a power of ten, a fraction, a thousand in LaTeX, a minus of any kind
+    ("Answer: .75", "3/4"), ("it is .125.", "1/8"), ("x = -.25", "-1/4"), ("1.2.3", "3"),
+    ("2.5e-4", "1/4000"), ("1E6", "1000000"), ("3e+2 apples", "300"), ("2e5x", None),
+    ("22/7.", "22/7"), ("-6/8", "-3/4"), ("3 / 4", "3/4"), ("-2 1/3", "-7/3"), ("5/0", None),
+    (r"\frac{22}{7}", "22/7"), (r"3\frac12", "7/2"), (r"-\dfrac{2}{3}$", "-2/3"),
+    ("1/2/3", None), ("12/25/2024", None), ("12:30", None), ("10^3", None), ("2^{10}", None),
+    ("1{,}234", "1234"), (r"\boxed{12{,}345{,}678}", "12345678"), (r"9{,}876.5", "19753/2"),
+    ("1{,}23", "23"), ("5\u202f000", "5000"), ("2.5 million", "2500000"), ("5x", None),
+    ("\u20137", "-7"), ("x = \u201312", "-12"), ("(\u20131/2)", "-1/2"), ("7\u20139", "9"),
+    ("12 \u2013 5", "5"), ("\u2014 5", "5"),
 ])
 def test_last_number(gspo, text, number):
-    assert gspo.last_number(text) == (None if number is None else Decimal(number))
+    found = gspo.last_number(text)
+    assert found == (None if number is None else Fraction(number))
+    assert found is None or type(found) is Fraction  # a float would be rounded
 
 
 @pytest.mark.parametrize("text, number", [
-    ("9" * 10_000, Decimal("9" * 10_000)),
-    ("-" * 10_000 + "7", Decimal(-7)),
-    ("1," * 10_000 + "2", Decimal(2)),
-    ("1" + ",000" * 10_000, Decimal("1" + "000" * 10_000)),
-    ("1." * 9_999 + "5", Decimal("1.5")),
+    ("9" * 99, int("9" * 99)), ("9" * 100, None), ("9" * 10_000, None),  # 99 digits are the most
+    ("-" * 10_000 + "7", -7), ("1," * 10_000 + "2", 2), ("1" + ",000" * 30, 10**90),
+    ("1" + ",000" * 10_000, None), ("1." * 9_999 + "5", Fraction("1.5")), (".5" * 10_000, 5),
+    ("1/" * 10_000 + "3", None), ("1e" * 10_000 + "3", None), ("{,}" * 10_000 + "4", 4),
+    ("1 " * 10_000 + "1/4", Fraction(5, 4)), ("1 " + "1" * 10_000 + "/4", None),
+    (r"\frac{" * 10_000 + "1}{2}", Fraction(1, 2)), (r"\frac" + " " * 10_000 + "1", 1),
+    ("1e999", 10**999), ("5e-999", Fraction(5, 10**999)),
     ("a" * 100_000, None),
-], ids=["digits", "minuses", "commas", "thousands", "points", "letters"])
+], ids=lambda value: repr(value)[:12] if isinstance(value, str) else "")
 def test_last_number_of_a_long_text_in_little_time(gspo, text, number):
     start = time.perf_counter()
     assert gspo.last_number(text) == number
-    assert gspo.verify([""], [text], [text]) == [float(number is not None)]
+    assert gspo.verify([{"answer": text}], [text]) == [float(number is not None)]
     assert time.perf_counter() - start < 1.0
+
+
+def unbounded(pattern):
+    """The repeats without an upper bound in a pattern that Python's parser has read."""
+    for operator, argument in pattern:
+        if "REPEAT" in str(operator) and argument[1] == re._constants.MAXREPEAT:
+            yield str(argument[2])
+        for part in argument if isinstance(argument, (tuple, list)) else [argument]:
+            for inner in part if isinstance(part, list) else [part]:  # a branch's
+                if isinstance(inner, re._parser.SubPattern):
+                    yield from unbounded(inner)
+
+
+def test_the_search_for_a_number_is_linear(gspo):
+    """From each place in a text it looks a bounded number of characters ahead, so no text, however
+    made, is slow: a machine's load decides nothing here. Over more than that it looks for the slash
+    of 3 1/2, but that from at most nine places before a run of digits."""
+    def repeats(pattern, flags=0):
+        return list(unbounded(re._parser.parse(pattern, flags)))
+
+    assert [len(repeats(text)) for text in ("a(?:b+c)", "(?:a|b*)?(?<!x)[c]{2,}", "a{1,99}+b?")] \
+        == [1, 2, 0]
+    assert repeats(gspo.NUMBER.pattern, gspo.NUMBER.flags) == repeats(r"(?:\d{1,9}[ ](?=\d+/))?+")
 
 
 def test_verifier(gspo):
@@ -485,20 +525,30 @@ def test_verifier(gspo):
         ("85.00", "85", 1), ("1,085", "#### 1085", 1), ("85 or 86", "85", 0), ("86 or 85", "85", 1),
         ("-85", "85", 0), ("", "85", 0), ("no idea", "85", 0),
         ("no idea", "no number", 0), ("5", "no number", 0),  # nothing to be right about
-        ("0.1", "0.10", 1), ("1" + "0" * 30 + "1", "1" + "0" * 31, 0)]
+        ("0.1", "0.10", 1), ("1" + "0" * 30 + "1", "1" + "0" * 31, 0),
+        (".75", "0.75", 1), ("the share is .75", "75", 0), ("4e3", "4,000", 1), ("4e3", "3", 0),
+        ("2e+16", "16", 0), ("0.0003", "3e-4", 1), (r"\boxed{7{,}350}", "7350", 1),
+        (r"\boxed{7{,}350}", "350", 0), ("7/2", "#### 3.5", 1), ("Answer: 2", "7/2", 0),
+        ("3/2", "7/2", 0), (r"\frac{5}{4}", r"\boxed{\frac{3}{4}}", 0), ("6/4", r"\frac32", 1),
+        ("0.333", "1/3", 0), ("\u20139", "-9", 1), ("\u20139", "9", 0), ("\u22129", "\u20139", 1),
+        ("14\u20139", "9", 1), ("9x", "9", 0), ("9 million", "9", 0)]
     responses, references, scores = zip(*cases)
-    assert gspo.verify([""] * len(cases), responses, references) == list(map(float, scores))
+    rows = [{"answer": reference} for reference in references]
+    assert gspo.verify(rows, responses) == list(map(float, scores))
+    assert {type(score) for score in gspo.verify(rows, responses)} == {float}
 
 
 # ---- Data
 
 
 class Words:
-    """A tokenizer by which a prompt has a token for each word."""
+    """A tokenizer by which a prompt has a token for each word: the number that its bytes are."""
 
     def apply_chat_template(self, messages, **options):
-        assert options["add_generation_prompt"] and all(len(each) == 1 for each in messages)
-        return {"input_ids": [[1] * len(each[0]["content"].split()) for each in messages]}
+        assert options["add_generation_prompt"]
+        assert all(one["role"] == "user" for one, in messages)
+        return {"input_ids": [[int.from_bytes(word.encode()) for word in one["content"].split(" ")]
+                              for one, in messages]}
 
 
 def entry(path, kind="parquet"):
@@ -513,19 +563,34 @@ def load(gspo, *entries, tokenizer=Words()):
     return [{key: row[key] for key in row if key != "prompt_ids"} for row in rows]
 
 
-def test_a_hub_path_goes_to_pandas_as_it_is(gspo, monkeypatch):
-    asked = []
-
-    def read_parquet(path, *arguments, **options):
-        asked.append(path)
-        return pd.DataFrame({"question": ["1+1?"], "answer": ["2"]})
-
-    monkeypatch.setattr(gspo.pd, "read_parquet", read_parquet)
-    for name in ("train_datasets", "eval_datasets"):
-        assert gspo.load_rows(name, Words()) == [
-            {"question": "1+1?", "answer": "2", "prompt_ids": [1]}]
-    assert asked == ["hf://datasets/openai/gsm8k/main/train-00000-of-00001.parquet",
-                     "hf://datasets/openai/gsm8k/main/test-00000-of-00001.parquet"]
+def test_the_default_questions_are_found_in_the_hubs_cache(gspo, tmp_path, monkeypatch, capsys):
+    """As an earlier run or `hf download` leaves them there; without a network, and in one line
+    where they are not there."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))  # of HF_HOME
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    folder = tmp_path / repo_folder_name(repo_id="openai/gsm8k", repo_type="dataset")
+    names = {"train_datasets": "main/train-00000-of-00001.parquet",
+             "eval_datasets": "main/test-00000-of-00001.parquet"}
+    with pytest.raises(SystemExit) as stop:
+        gspo.load_rows("train_datasets", Words())
+    line = stop.value.code
+    assert "\n" not in line and line.startswith(
+        f"error: train_datasets: hf://datasets/openai/gsm8k/{names['train_datasets']}: ")
+    assert "cache" in line and "expected" in line and "`hf download`" in line
+    (folder / "refs").mkdir(parents=True)
+    (folder / "blobs").mkdir()
+    (folder / "refs" / "main").write_text("c0ffee" * 6 + "beef")
+    for constant, name in names.items():
+        table = pd.DataFrame({"question": [constant], "answer": ["#### 2"]})
+        table.to_parquet(folder / "blobs" / constant)
+        path = folder / "snapshots" / ("c0ffee" * 6 + "beef") / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(folder / "blobs" / constant)
+    for name in names:
+        row, = gspo.load_rows(name, Words())
+        assert (row["question"], row["answer"], len(row["prompt_ids"])) == (name, "#### 2", 1)
+    assert capsys.readouterr().out == "".join(
+        f"{name}: 1 of 1 questions are within MAX_PROMPT_TOKENS=256\n" for name in names)
 
 
 @pytest.mark.filterwarnings("error")
@@ -579,6 +644,29 @@ def test_embedded_data_loads_from_anywhere(embedded, tmp_path, monkeypatch):
     assert all(embedded.last_number(row["answer"]) is not None for row in train + held_out)
 
 
+@pytest.mark.parametrize("questions, refused", [
+    (["1 + 1?", "1 + 1? ", "\n1 + 1?"], False), (["1 + 1?", "1 +  1?", "2 + 2?"], True),
+    (["1 + 1?", "1 + 1?"], False)])
+def test_a_prompt_says_which_question_it_is(gspo, tmp_path, questions, refused):
+    """A template that drops the question, or a tokenizer without its letters, would train on
+    noise. But many strip the spaces around it, and a question may stand there twice."""
+    class Stripping(Words):
+        def apply_chat_template(self, messages, **options):
+            return super().apply_chat_template(
+                [[one | {"content": " ".join(one["content"].split())}] for one, in messages],
+                **options)
+
+    path = tmp_path / "t.parquet"
+    pd.DataFrame({"question": questions, "answer": "2"}).to_parquet(path)
+    if not refused:
+        assert len(load(gspo, entry(path), tokenizer=Stripping())) == len(questions)
+        return
+    with pytest.raises(SystemExit) as stop:
+        load(gspo, entry(path), tokenizer=Stripping())
+    assert stop.value.code == (f"error: POLICY_MODEL={gspo.POLICY_MODEL}: different questions give "
+                               "the same prompt; expected a tokenizer with a chat template")
+
+
 def gsm8k(name, count):
     """A file of GSM8K as (path, rows read without the script)."""
     path = GSM8K / f"{name}.jsonl"
@@ -603,10 +691,10 @@ def test_last_number_of_gsm8k_answers(gspo, name, count):
     _, rows = gsm8k(name, count)
     for row in rows:
         final = row["answer"].rsplit("####", 1)[1].strip().replace(",", "")
-        assert gspo.last_number(row["answer"]) == Decimal(final), row["answer"]
+        assert gspo.last_number(row["answer"]) == Fraction(final), row["answer"]
     answers = [row["answer"] for row in rows]
-    assert gspo.verify([""] * count, answers, answers) == [1.0] * count
-    assert sum(gspo.verify([""] * count, answers[1:] + answers[:1], answers)) < 0.05 * count
+    assert gspo.verify(rows, answers) == [1.0] * count
+    assert sum(gspo.verify(rows, answers[1:] + answers[:1])) < 0.05 * count
 
 
 def test_gsm8k_prompts_are_kept_or_dropped_and_counted(embedded, capsys):
@@ -622,7 +710,7 @@ def test_gsm8k_prompts_are_kept_or_dropped_and_counted(embedded, capsys):
     assert [row["question"] for row in kept] == fits
     assert [len(row["prompt_ids"]) for row in kept] == [n for n in lengths if n <= 256]
     assert capsys.readouterr().out == (
-        f"eval_datasets: kept {len(fits)} of 1319 prompts (MAX_PROMPT_TOKENS=256)\n")
+        f"eval_datasets: {len(fits)} of 1319 questions are within MAX_PROMPT_TOKENS=256\n")
     text = tokenizer.decode(kept[0]["prompt_ids"])
     assert kept[0]["question"] in text and text.endswith("<think>\n\n</think>\n\n")
     assert kept[0]["answer"] not in text
