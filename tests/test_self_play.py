@@ -570,11 +570,11 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     known = {(row["data_source"], row["ground_truth"], row["prompt"]) for row in rows}
     asked = [(source, truth, more["question"]) for source, _, truth, more in seen]
     trained = [question for question in asked if question in known]
-    assert len(trained) == 4 * 4 + 1  # the round's answers, and the try at the start
+    assert len(trained) == 4 + 4 * 4  # the try at the start, of a group, and the round's answers
     assert all(source == "" for source, *_ in set(asked) - set(trained))  # the held-out file's
     row = rows_of(folder)[1]
     lengths = [len(text) / 100 for (_, text, *_), question in zip(seen, asked)
-               if question in known][1:]
+               if question in known][4:]
     assert float(row["reward_mean"]) == pytest.approx(np.mean(lengths), rel=1e-5)
     assert float(row["reward_max"]) == pytest.approx(
         np.mean(np.reshape(lengths, (4, 4)).max(1)), rel=1e-5)
@@ -607,10 +607,10 @@ def test_columns_that_are_not_there(tmp_path, entry, says):
 @pytest.mark.parametrize("body, says", [
     ("raise KeyError('no such thing')", ["KeyError", "no such thing"]),
     ("return None", ["NoneType", "finite number"]),
-    ("return float('nan')", ["it returned 1: [nan]"]), ("return 'good'", ["'good'"]),
+    ("return float('nan')", ["it returned 4: [nan, nan, "]), ("return 'good'", ["'good'"]),
     ("return [0.5]", ["list", "finite number"])])
 def test_reward_functions_that_fail(tmp_path, body, says):
-    """Tried on a reference answer before the policy loads; one line, and nothing is written."""
+    """Tried on a group before the policy loads; one line, and nothing is written."""
     path = tmp_path / "bad.py"
     path.write_text(f"def compute_score(data_source, solution_str, ground_truth, extra_info=None):"
                     f"\n    {body}\n")
@@ -666,8 +666,8 @@ def test_the_shipped_reward_function_is_found_by_a_copy_of_the_script(tmp_path, 
         monkeypatch.chdir(folder if inside else ROOT)
         module = import_file(folder / "train_script.py", "copy_of_self_play")
         module.configure(["PROFILE=embedded", "DEVICE=cpu"])
-        score = module.load_scorers([row])["function"]
-        assert score(["?"] * 2, ["Answer: 85", "Answer: 86"], ["#### 85"] * 2) == [1.0, 0.5]
+        score = module.load_scorers(row)["function"]
+        assert score([row] * 2, ["Answer: 85", "Answer: 86"]) == [1.0, 0.5]
 
 
 def test_no_second_network_without_watching(tmp_path):
