@@ -19,7 +19,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-os.environ["OMP_NUM_THREADS"] = "1"  # the kernels'
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:IProgress"}  # tqdm's, of widgets
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 WRITTEN = {"en": "", "zh": "zh"}  # language -> in which folder of it
 PYTHON = {"kernelspec": {"display_name": "Python 3", "name": "python3"},
