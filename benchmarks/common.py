@@ -51,11 +51,11 @@ def end_ids(policy, tokenizer):
 def load_policy(script, shape, vocabulary, device, frozen=False):
     """The script's policy as its constants make it (precision, checkpointing, adapter), of another
     shape and with random weights; on "meta" without any. Nothing that it samples ends."""
-    def load(kind, name, constant, dtype=torch.float32):
+    def load(kind, name, constant, dtype, output_loading_info):
         torch.manual_seed(0)
         with torch.device(device):
             return Qwen3ForCausalLM._from_config(Qwen3Config(**shape, vocab_size=vocabulary),
-                                                 dtype=dtype, attn_implementation="sdpa")
+                                                 dtype=dtype, attn_implementation="sdpa"), {}
     before = script.load, script.DEVICE, script.FROZEN_DEVICE
     script.load, script.DEVICE, script.FROZEN_DEVICE = load, device, device
     policy = script.load_policy("", frozen)

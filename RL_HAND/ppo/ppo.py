@@ -768,11 +768,11 @@ def load_scorers(row):
     if not REWARD_WEIGHTS.get("model"):
         return scorers
     tokenizer = load(AutoTokenizer, REWARD_MODEL, "REWARD_MODEL")
-    model, info = load(AutoModelForSequenceClassification, REWARD_MODEL, "REWARD_MODEL",
-                       dtype=getattr(torch, DTYPE), output_loading_info=True)
+    model, _ = load(AutoModelForSequenceClassification, REWARD_MODEL, "REWARD_MODEL",
+                    dtype=getattr(torch, DTYPE), output_loading_info=True)
     model, chat = model.to(FROZEN_DEVICE).eval(), bool(tokenizer.chat_template)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.truncation_side = "left" if chat else "right"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.bos_token or tokenizer.eos_token
+    tokenizer.padding_side, tokenizer.truncation_side = "right", "left" if chat else "right"
     model.config.pad_token_id = tokenizer.pad_token_id  # where a decoder's answer ends
 
     @torch.no_grad()
@@ -791,10 +791,10 @@ def load_scorers(row):
             scores |= zip(some, (logits.sigmoid() if REWARD_SIGMOID else logits).tolist())
         return [scores[pair] for pair in asked]
 
-    with one_line(f"REWARD_MODEL={REWARD_MODEL}", "one score for each text of a batch"):
-        score([row] * 2, [answer, 99 * answer])
-        if info["missing_keys"] or model.num_labels > 1:
-            raise ValueError(f"{model.num_labels} outputs, missing are {[*info['missing_keys']]}")
+    with one_line(f"REWARD_MODEL={REWARD_MODEL}", "one score a text of up to MAX_REWARD_TOKENS"):
+        score([row] * 2, [answer, MAX_REWARD_TOKENS * " 1"])
+        if model.num_labels > 1:
+            raise ValueError(f"{model.num_labels} outputs")
     return scorers | {"model": score}
 
 
@@ -1133,27 +1133,30 @@ def configure(arguments):
 
 
 def load(kind, name, constant, **options):
-    """`kind.from_pretrained(name)`, a folder or id, with one line of help when that fails."""
+    """`kind.from_pretrained(name)`, a folder or id; one line of help without it or a weight."""
     with one_line(f"{constant}={name}", f"a folder, `hf download {name}`, or PROFILE=embedded"):
-        return kind.from_pretrained(find_path(name).as_posix(), **options)
+        found = kind.from_pretrained(find_path(name).as_posix(), **options)
+        if missing := "output_loading_info" in options and found[1]["missing_keys"]:
+            raise ValueError(f"missing are {[*missing]}")
+        return found
 
 
 def load_policy(name, frozen=False):
     """A causal model. Trained weights stay float32: AdamW's steps of 1e-6 round to nothing in
     bfloat16. Evaluation mode: dropout would train something else."""
-    options = {"dtype": getattr(torch, DTYPE) if frozen or LORA_RANK else torch.float32}
-    constant = "RESUME_FROM" if name == RESUME_FROM else "POLICY_MODEL"
-    with one_line(f"{constant}={name}, LORA_RANK={LORA_RANK}", "for LoRA: pip install peft"):
+    dtype = getattr(torch, DTYPE) if frozen or LORA_RANK else torch.float32
+    what = "RESUME_FROM" if name == RESUME_FROM else "POLICY_MODEL"
+    with one_line(f"{what}={name}, LORA_RANK={LORA_RANK}", "for LoRA: pip install peft"):
         if (find_path(name) / "adapter_config.json").exists():  # trained with LORA_RANK
             from peft import AutoPeftModelForCausalLM
-            model = load(AutoPeftModelForCausalLM, name, constant, **options).merge_and_unload()
+            model = load(AutoPeftModelForCausalLM, name, what, dtype=dtype).merge_and_unload()
         else:
-            model = load(AutoModelForCausalLM, name, constant, **options)
+            model, _ = load(AutoModelForCausalLM, name, what, dtype=dtype, output_loading_info=True)
         model = model.to(FROZEN_DEVICE if frozen else DEVICE).eval().requires_grad_(not frozen)
         if LORA_RANK and not frozen:  # beside every linear layer but the head
             from peft import LoraConfig
             model.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, lora_dropout=0.0,
-                                         target_modules="all-linear"))
+                                         target_modules="all-linear", task_type="CAUSAL_LM"))
             for parameter in filter(lambda each: each.requires_grad, model.parameters()):
                 parameter.data = parameter.data.float()  # peft gives it the base's dtype
     for layer in model.modules():  # transformers' own way works in training mode only
@@ -1172,7 +1175,7 @@ def check_policy(run):
     with one_line(f"POLICY_MODEL={POLICY_MODEL}", f"full attention over MAX_PROMPT_TOKENS + "
                   f"MAX_NEW_TOKENS = {longest}; README.md says which models were tried"):
         if wanted > known or longest > places:
-            raise ValueError(f"it has {places} places, and {known} of its tokenizer's {wanted} ids")
+            raise ValueError(f"{places} positions of {longest}, {known} token ids of {wanted}")
         rows = [{"prompt_ids": ids[0]}, {"prompt_ids": (ids[0] * longest)[:longest - count]}]
         batch = sample_groups(policy, run.tokenizer, rows, 2, length=count)
         logps, _ = score_tokens(policy, batch)                                         # (4, T)
@@ -1182,11 +1185,10 @@ def check_policy(run):
         with torch.no_grad(), autocast():
             own = policy(input_ids=torch.cat([batch.prompt_ids, batch.completion_ids], 1),
                          attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0),
-                         logits_to_keep=logps.shape[1] + 1)
-        own = (own.logits[:, :-1].float() / TEMPERATURE).log_softmax(-1)       # (4, T, V)
-        own = own.gather(2, batch.completion_ids[..., None])[..., 0] * batch.completion_mask
-        apart = (torch.stack([logps, batch.sampled_logps]) - own).abs().max().item()
-        if not apart < (1e-3 if DTYPE == "float32" else 0.1):
+                         logits_to_keep=logps.shape[1] + 1).logits[:, :-1].float().mT / TEMPERATURE
+        own = -F.cross_entropy(own, batch.completion_ids, reduction="none") * batch.completion_mask
+        apart = (torch.stack([logps, batch.sampled_logps]) - own).abs().mean((1, 2)).max().item()
+        if not apart < (1e-4 if DTYPE == "float32" else 0.1):  # bfloat16's noise is up to 0.03
             raise ValueError(f"log-probs are {apart:.2g} nats off {policy.config.model_type}'s own")
 
 
