@@ -48,18 +48,29 @@ def metrics(folder):
             for row in rows]
 
 
-def assert_same_run(one, other):
-    """Equal strings in the tables; equal bits in the weights and the optimiser at the end."""
+def tensors(path):
+    """A checkpoint file's tensors by name: of weights, or of an optimiser's state."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    state = torch.load(path, weights_only=True)
+    return {f"{number} {key}": value for number, values in state.items()
+            for key, value in values.items()}
+
+
+def assert_same_run(one, other, at="epoch_2"):
+    """Equal strings in the tables; equal bits in all weights and optimisers at the end."""
     for row, again in zip(metrics(one), metrics(other), strict=True):
         for name, text in row.items():
             assert again[name] == text, f"step {row['step']}, {name}"
-    for name in ("model.safetensors", "policy_optimizer.safetensors"):
-        last, again = (load_file(folder / "epoch_2" / name) for folder in (one, other))
-        assert set(last) == set(again) and len(last) > 20
-        for key, value in last.items():
-            assert torch.equal(value, again[key]), f"{name}: {key}"
-    last, again = ((folder / "epoch_2" / "trainer_state.json").read_text()
-                   for folder in (one, other))
+    names, again = ({path.name for path in (folder / at).iterdir()} for folder in (one, other))
+    assert names == again and "policy_optimizer.pt" in names
+    for name in names:
+        if name.endswith((".safetensors", ".pt")):
+            last, again = (tensors(folder / at / name) for folder in (one, other))
+            assert set(last) == set(again) and len(last) > 5
+            for key, value in last.items():
+                assert torch.equal(value, again[key]), f"{name}: {key}"
+    last, again = ((folder / at / "trainer_state.json").read_text() for folder in (one, other))
     assert last == again
 
 
@@ -190,33 +201,48 @@ def score(questions, responses, references):
 """
 
 
-@pytest.mark.parametrize("kind", ["LoRA", "a reward function"])
-def test_what_else_is_resumed(tmp_path, kind):
-    """An adapter, with its optimiser, on the model it was made for; a reward function, which is the
-    file itself: the run's folder has a copy for the record."""
+def assert_it_moved(folder, start, end, *names):
+    """Between two checkpoints each of these files has changed: else equality would say little."""
+    for name in names:
+        before, after = (tensors(folder / at / name) for at in (start, end))
+        assert set(before) == set(after)
+        assert any(not torch.equal(value, before[key]) for key, value in after.items()), name
+
+
+def test_a_reward_function_is_resumed(tmp_path):
+    """It is the file itself; the run's folder has a copy for the record."""
     (tmp_path / "reward.py").write_text(REWARD)
-    extra = ["LORA_RANK=4", "EVAL_EVERY=0"] if kind == "LoRA" else [
-        "REWARD_WEIGHTS={'function': 1.0, 'verifier': 0.5}", "EVAL_EVERY=0",
-        f"REWARD_FUNCTION={tmp_path / 'reward.py'}:score"]
-    if kind == "LoRA":
-        pytest.importorskip("peft")
-    whole = train(tmp_path / "whole", *SMALL, questions(tmp_path), *extra, "MAX_STEPS=3")
+    whole = train(tmp_path / "whole", *SMALL, questions(tmp_path), "EVAL_EVERY=0", "MAX_STEPS=3",
+                  "REWARD_WEIGHTS={'function': 1.0, 'verifier': 0.5}",
+                  f"REWARD_FUNCTION={tmp_path / 'reward.py'}:score")
     rest = train(tmp_path / "rest", f"RESUME_FROM={whole / 'step_1'}")
-    assert metrics(rest) == metrics(whole)
-    weights = "adapter_model.safetensors" if kind == "LoRA" else "model.safetensors"
-    for name in (weights, "policy_optimizer.safetensors"):
-        last, again = (load_file(folder / "step_3" / name) for folder in (whole, rest))
-        start = load_file(whole / "step_1" / name)
-        assert set(last) == set(again) and len(last) > 20
-        assert all(torch.equal(value, again[key]) for key, value in last.items())
-        assert any(not torch.equal(value, start[key]) for key, value in last.items())
-    if kind == "LoRA":  # the adapter alone is saved
-        assert not (whole / "step_3" / "model.safetensors").exists()
-        assert all(value.dtype == torch.float32 for value in last.values())
-        assert metrics(whole)[3]["kl"] != "0.0"  # against the model without it
-    else:
-        assert (whole / "reward.py").read_text() == (rest / "reward.py").read_text() == REWARD
-        assert metrics(whole)[1]["rewards/function"] != "0.0"
+    assert_same_run(whole, rest, "step_3")
+    assert_it_moved(whole, "step_1", "step_3", "model.safetensors", "policy_optimizer.pt")
+    assert (whole / "reward.py").read_text() == (rest / "reward.py").read_text() == REWARD
+    assert metrics(whole)[1]["rewards/function"] != "0.0"
+
+
+@pytest.mark.parametrize("name", ["gspo", "ppo"])
+def test_an_adapter_is_resumed(tmp_path, name):
+    """With its optimiser, on the model it was made for; PPO's critic has one, too, and a head."""
+    pytest.importorskip("peft")
+    script, trained, arguments = SCRIPT, ["policy"], SMALL
+    if name == "ppo":
+        script, trained = ROOT / "RL_HAND" / "ppo" / "ppo.py", ["policy", "critic"]
+        arguments = [*(setting for setting in SMALL if setting.partition("=")[0] not in
+                       ("GSPO_EPOCHS", "TARGET_KL")), "CRITIC_WARMUP=1"]  # the policy waits for it
+    whole = train(tmp_path / "whole", *arguments, questions(tmp_path), "LORA_RANK=4",
+                  "EVAL_EVERY=0", "MAX_STEPS=3", script=script)
+    rest = train(tmp_path / "rest", f"RESUME_FROM={whole / 'step_1'}", script=script)
+    assert_same_run(whole, rest, "step_3")
+    assert_it_moved(whole, "step_2", "step_3", "adapter_model.safetensors",
+                    *(f"{part}{end}" for part in trained for end in (".safetensors",
+                                                                     "_optimizer.pt")))
+    # The adapter alone is saved of the policy, in float32.
+    assert not (whole / "step_3" / "model.safetensors").exists()
+    saved = tensors(whole / "step_3" / "policy.safetensors")
+    assert all("lora_" in key and value.dtype == torch.float32 for key, value in saved.items())
+    assert metrics(whole)[3]["kl"] != "0.0"  # against the model without it
 
 
 def test_resuming_warns_of_nothing(whole, tmp_path, recwarn):
