@@ -221,11 +221,11 @@ for i, axis in zip((7, 3), plt.subplots(2, 1, figsize=(9, 4), layout="constraine
     axis.set_xticks(range(len(words)), words)
     axis.set_title(f"reward {rewards[i]:.0f}, advantage {batch.advantages[i, 0]:+.3f}")
 # %% [markdown] lang="en"
-# They go *up* in both: the first token, which begins to work in columns instead of guessing, by about 0.1. In the wrong answer it is pushed down, but less than right answers that begin the same way push it up. Only the deciding digit tells the two apart: 8 rises, 5 falls. All else follows from what stands before it and stays where it was.
+# They go *up* in both: the first token, which begins to work in columns instead of guessing, by about 0.1. In the wrong answer it is pushed down, but less than right answers that begin the same way push it up. Only the deciding digit tells the two apart: 8 rises, 5 falls. Nearly all else follows from what stands before it and stays where it was.
 #
 # So one token's ratio says little about its answer. Most are about 1, and the one that is far off 1 is far off in the good answer and in the bad one.
 # %% [markdown] lang="zh"
-# 在两个回答里都*上升*了：第一个 token（开始列竖式，而不是乱猜）上升约 0.1。在答错的回答里它受到向下的推力，但比不过同样开头的正确回答把它往上推的力。真正区分两者的只有那个关键数字：8 上升，5 下降。其余 token 由前文决定，原地不动。
+# 在两个回答里都*上升*了：第一个 token（开始列竖式，而不是乱猜）上升约 0.1。在答错的回答里它受到向下的推力，但比不过同样开头的正确回答把它往上推的力。真正区分两者的只有那个关键数字：8 上升，5 下降。其余 token 几乎都由前文决定，原地不动。
 #
 # 所以单个 token 的比率很难代表它所在的回答：大多数约为 1，而那个远离 1 的，在好回答和坏回答里同样远离 1。
 # %% [markdown] lang="en"
