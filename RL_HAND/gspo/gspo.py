@@ -1116,11 +1116,11 @@ def check_policy(run):
         logps, _ = score_tokens(policy, batch)                                         # (4, T)
         logps.sum().backward()
         policy.zero_grad()
-        seen = torch.cat([batch.prompt_mask, batch.completion_mask.long()], 1)         # (4, L + T)
-        with torch.no_grad(), autocast():
-            own = policy(input_ids=torch.cat([batch.prompt_ids, batch.completion_ids], 1),
-                         attention_mask=seen, position_ids=(seen.cumsum(1) - 1).clamp(min=0),
-                         logits_to_keep=logps.shape[1] + 1).logits[:, :-1].float().mT / TEMPERATURE
+        texts = torch.cat([batch.prompt_ids, batch.completion_ids], 1)                 # (4, L + T)
+        with torch.no_grad(), autocast():  # each text alone, without padding before it
+            own = torch.cat([policy(input_ids=text[None, at:], logits_to_keep=logps.shape[1] + 1
+                                    ).logits[:, :-1].float().mT / TEMPERATURE       # (1, V, T)
+                             for text, at in zip(texts, (batch.prompt_mask == 0).sum(1))])
         own = -F.cross_entropy(own, batch.completion_ids, reduction="none") * batch.completion_mask
         apart = (torch.stack([logps, batch.sampled_logps]) - own).abs().mean((1, 2)).max().item()
         if not apart < (1e-4 if DTYPE == "float32" else 0.1):  # bfloat16's noise is up to 0.03
