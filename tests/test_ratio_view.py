@@ -208,8 +208,9 @@ class Browser:
     def __init__(self, folder):
         theirs, self.out = os.pipe()
         self.back, answers = os.pipe()
-        flags = ("headless no-sandbox disable-gpu disable-quic no-first-run disable-sync lang=en-US "
-                 "disable-background-networking disable-component-update remote-debugging-pipe")
+        flags = ("headless no-sandbox disable-gpu disable-quic no-first-run disable-sync "
+                 "disable-background-networking disable-component-update lang=en-US "
+                 "remote-debugging-pipe")
         command = [CHROMIUM, *(f"--{flag}" for flag in flags.split()), f"--user-data-dir={folder}"]
         self.process = subprocess.Popen(
             [sys.executable, "-c", PIPES, str(theirs), str(answers), *command, "about:blank"],
