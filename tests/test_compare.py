@@ -167,7 +167,7 @@ def test_two_scripts_from_the_command_to_the_table(compared):
         assert float(row["greedy after"]) == pytest.approx(run["eval/accuracy_greedy"][2], abs=6e-4)
         assert float(str(row["tokens"]).replace(",", "")) == run["num_tokens"][2]
         assert row["peak memory, GB"] == "-"  # it is a GPU's
-        assert (output / f"{name}_seed0.log").read_text(encoding="utf-8").startswith(f"{name}\n")
+        assert f"\n{name}\n" in (output / f"{name}_seed0.log").read_text(encoding="utf-8")
         assert f"| {name} {settings} | 1 |" in text
     png = (output / "comparison.png").read_bytes()
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
