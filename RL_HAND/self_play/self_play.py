@@ -926,11 +926,11 @@ def save_checkpoint(run):
 def rescue(run):
     """Save what is trained, unless a further step has changed it; say what to resume from."""
     if run.finished and run.step and not (run.folder / run.finished["name"]).exists():
-        vars(run).update(run.finished)
         with suppress(OSError):  # another process may be doing it
             save_checkpoint(run)
     saved = sorted(run.folder.glob("[!.]*/trainer_state.json"), key=os.path.getmtime)
-    return f"go on with RESUME_FROM={saved[-1].parent}" if saved else "nothing was trained yet"
+    last = saved[-1].parent if saved else RESUME_FROM
+    return f"go on with RESUME_FROM={last}" if last else "nothing was trained yet"
 
 
 def load_checkpoint(run, folder):
