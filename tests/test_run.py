@@ -15,7 +15,8 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPT, fork, import_file, mutated_copy, run_script
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoTokenizer)
 
 SMALL = ["PROFILE=embedded", "DEVICE=cpu", "BATCH_SIZE=2", "GROUP_SIZE=4", "MINIBATCH=4",
          "MICRO_BATCH=4", "EVAL_QUESTIONS=4", "SHOW_SAMPLES=1"]
@@ -522,7 +523,43 @@ def test_long_prompts_are_dropped_aloud(here, tmp_path, capsys):
     assert [row["step"] for row in read_metrics(out)] == ["0", "1"]
 
 
-# ---- Reward functions
+# ---- Rewards
+
+
+@pytest.mark.parametrize("squashed", [True, False])
+def test_a_reward_models_scores_are_those_of_its_class(embedded, squashed):
+    """Of each pair alone, in the order in which they were asked, whatever is beside it; a pair that
+    is asked twice is scored once."""
+    embedded.configure(["PROFILE=embedded", "DEVICE=cpu", "REWARD_BATCH=3",
+                        "MAX_REWARD_TOKENS=40", f"REWARD_SIGMOID={squashed}"])
+    table = pd.read_parquet(ROOT / "data" / "train.parquet").head(4)
+    rows = [row for row in table.to_dict("records") for _ in range(2)]
+    texts = [text for row in rows[::2] for text in (row["answer"], "Answer: 7")]
+    texts[3], texts[5] = "", "7 " * 100  # longer than the model is given
+    rows, texts = [*rows, rows[1], rows[4]], [*texts, texts[1], texts[4]]
+    folder = ROOT / "data" / "reward_model"
+    judge = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer, expected, seen = AutoTokenizer.from_pretrained(folder), [], []
+    with torch.no_grad():
+        for row, text in zip(rows, texts):
+            pair = tokenizer([row["question"]], [text], truncation="longest_first", max_length=40,
+                             return_tensors="pt")
+            score = judge(**pair).logits[0, 0]
+            expected.append((score.sigmoid() if squashed else score).item())
+    load = embedded.load
+
+    def counting(kind, *arguments, **options):
+        loaded = load(kind, *arguments, **options)
+        if kind is AutoModelForSequenceClassification:
+            loaded[0].register_forward_pre_hook(
+                lambda model, _, given: seen.append(len(given["input_ids"])), with_kwargs=True)
+        return loaded
+
+    embedded.load = counting
+    score = embedded.load_scorers(rows[0])["model"]
+    seen.clear()
+    assert score(rows, texts) == pytest.approx(expected, abs=1e-5)
+    assert seen == [3, 3, 2] and len(set(expected)) == 8
 
 
 REWARDS = {  # files that a module may be, and a mere piece of source may not
