@@ -1126,7 +1126,7 @@ def check_policy(run):
         logps.sum().backward()
         policy.zero_grad()
         texts = torch.cat([batch.prompt_ids, batch.completion_ids], 1)                 # (4, L + T)
-        with torch.no_grad(), autocast():  # each text alone, without padding before it
+        with torch.no_grad():  # each text alone, without padding before it, in the weights' dtype
             own = torch.cat([policy(input_ids=text[None, at:], logits_to_keep=logps.shape[1] + 1
                                     ).logits[:, :-1].float().mT / ROLLOUT_TEMPERATURE       # (1, V, T)
                              for text, at in zip(texts, (batch.prompt_mask == 0).sum(1))])
