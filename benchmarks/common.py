@@ -77,6 +77,12 @@ def make_rows(count, prompt, vocabulary):
     return [{"prompt_ids": torch.randint(vocabulary, (prompt,)).tolist()} for _ in range(count)]
 
 
+def pad_prompts(rows, tokenizer, device):
+    """The rows' prompts as `generate` takes them: each ends in the last column."""
+    prompts = [{"input_ids": row["prompt_ids"]} for row in rows]
+    return tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(device)
+
+
 def make_batch(script, count, group, prompt, length, vocabulary, device="cpu"):
     """`count` completions of random tokens, `group` of each prompt, all of the given length."""
     def ids(rows, columns, times=1):

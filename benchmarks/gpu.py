@@ -24,7 +24,7 @@ from types import SimpleNamespace as Size
 
 import torch
 from common import (QWEN3, QWEN3_VOCABULARY, REWARD, facts, import_gspo, load_policy,
-                    load_tokenizer, make_batch, make_rows, now, steps, training_pass)
+                    load_tokenizer, make_batch, make_rows, now, pad_prompts, steps, training_pass)
 from memory import SMALL, estimate, peak_bytes
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
@@ -49,11 +49,11 @@ def script_for(size, device, *given):
 
 def generate(gspo, policy, rows, group, tokens, **options):
     """transformers' own completions of the rows' prompts, under the same autocast: ids."""
-    ids, mask = gspo.pad_prompts(rows, load_tokenizer(), policy.device)
+    prompts = pad_prompts(rows, load_tokenizer(), policy.device)
     with torch.no_grad(), gspo.autocast():
-        out = policy.generate(input_ids=ids, attention_mask=mask, max_new_tokens=tokens,
-                              num_return_sequences=group, pad_token_id=0, **options)
-    return out[:, ids.shape[1]:]
+        out = policy.generate(**prompts, max_new_tokens=tokens, num_return_sequences=group,
+                              pad_token_id=0, **options)
+    return out[:, prompts["input_ids"].shape[1]:]
 
 
 def greedy(size, device, dtype):

@@ -5,8 +5,9 @@
     python benchmarks/memory.py DEVICE=cuda  # measured at Qwen3-0.6B's shape, random weights
 
 The estimate is for Qwen3-0.6B and the full profile, whatever this machine has; nothing is loaded.
-The training pass of one micro-batch at full length is the script's own, run on fake tensors, which
-have a shape and no contents, and its allocations are added up. The rest is arithmetic on shapes.
+The training pass of one micro-batch at full length and the decoding of a rollout's last token are
+the script's own, run on fake tensors, which have a shape and no contents, and their allocations are
+added up. The rest is arithmetic on shapes.
 PyTorch's context (about 0.5 GB) and what its allocator loses between blocks come on top.
 
 What is measured is one forward and backward pass of `score_tokens`, as PyTorch's allocator counts
@@ -59,12 +60,9 @@ def estimate(script, frozen_here=True):
         "Adam": networks * 8 * trained,
         "reference": frozen_here and bool(reference) * width * sum(n for n, *_ in sizes),
         "reward model": frozen_here and judge * width * REWARD_PARAMETERS}
-    casts = sum(number * width for number, size, _ in sizes if size != width)  # with the head's
 
     prompts = getattr(script, "BATCH_SIZE", 0) or script.SAMPLE_AT_ONCE
     rows = max(script.EVAL_BATCH, group * prompts)
-    columns, layers = script.MAX_PROMPT_TOKENS + script.MAX_NEW_TOKENS, QWEN3["num_hidden_layers"]
-    cache = rows * columns * layers * 2 * width * QWEN3["num_key_value_heads"] * QWEN3["head_dim"]
     pairs = min(script.REWARD_BATCH, rows)
     matrix = pairs * 16 * script.MAX_REWARD_TOKENS**2 * width  # of attention: pairs x heads x S x S
 
@@ -72,17 +70,44 @@ def estimate(script, frozen_here=True):
                        min(group, script.MINIBATCH), script.MAX_PROMPT_TOKENS,
                        script.MAX_NEW_TOKENS, 100)
     micro = batch.rows(next(iter(script.micro_batches(batch))))
-    script.product = lambda a, b: a.new_empty(len(a), b.shape[1], dtype=torch.float32)  # as on CUDA
     made = allocated(lambda: training_pass(script, policy, micro), make_fake(policy))
+    keys, beside = decoding(script, policy, rows, script.MAX_PROMPT_TOKENS + script.MAX_NEW_TOKENS)
     phases = {
         "update": {"gradients": networks * 4 * trained,
                    "activations, logits, gradient of the head": made},
-        "sampling": {f"weights in {script.DTYPE}": casts,
-                     "keys and values": cache * (1 + 2 / layers),  # a layer's are copied at a time
-                     "logits": rows * QWEN3_VOCABULARY * 24},
+        "sampling": {"keys and values": keys, "logits": logits_bytes(policy, rows),
+                     f"weights in {script.DTYPE}, copies of a layer's keys and values": beside},
         "reward model": {"attention": frozen_here and judge * 6 * matrix}}  # seen on fake tensors
     return {phase: {name: float(size) / 1e9 for name, size in (always | parts).items()}
             for phase, parts in phases.items()}
+
+
+def logits_bytes(policy, rows):
+    """Of a decoding step: logits, log-probs, and the float64 sums of this step and the last; and,
+    where the head's weights are not float32, a copy that is."""
+    head = policy.get_output_embeddings().weight
+    return rows * len(head) * 24 + (head.element_size() < 4) * 4 * head.numel()
+
+
+def decoding(script, policy, rows, columns):
+    """Bytes of the keys and values of `rows` completions, `columns` tokens each, and of what the
+    decoding of their last token allocates beside these, of a fake policy."""
+    cache, token = script.DynamicCache(config=policy.config), torch.zeros(rows, 1).long()
+    seen = torch.ones(rows, 1, 1, columns).bool()
+
+    def decode(mask):
+        with torch.no_grad(), script.autocast():
+            script.run_model(policy, token, mask, token, cache)
+
+    def decode_last():
+        for layer in cache.layers:
+            layer.keys, layer.values = (x.new_empty(*x.shape[:2], columns - 1, x.shape[3])
+                                        for x in (layer.keys, layer.values))
+        decode(seen)
+    decode(seen[..., :1])  # keys and values of one token: they have their dtypes
+    made = allocated(decode_last, policy)
+    keys = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    return keys, made - keys
 
 
 def print_estimate(path, arguments):

@@ -17,7 +17,7 @@ import tempfile
 import time
 
 import torch
-from common import ROOT, end_ids, import_gspo
+from common import ROOT, end_ids, import_gspo, pad_prompts
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -76,7 +76,7 @@ def trl_run(gspo, run, folder):
 
     def exact(completions, answer, completion_ids, **_):
         lengths.extend(map(len, completion_ids))
-        return gspo.verify(None, [c[0]["content"] for c in completions], answer)
+        return gspo.verify([{"answer": a} for a in answer], [c[0]["content"] for c in completions])
 
     config = GRPOConfig(
         output_dir=f"{folder}/trl", importance_sampling_level="sequence", loss_type="grpo",
@@ -103,7 +103,7 @@ def trl_run(gspo, run, folder):
 def rollout_speeds(gspo, run, rounds):
     """Completion tokens per second of sample_groups and of model.generate, alternated; medians."""
     rows = run.train_rows[:PROMPTS]
-    ids, mask = gspo.pad_prompts(rows, run.tokenizer, "cpu")
+    prompts = pad_prompts(rows, run.tokenizer, "cpu")
     ends = torch.tensor(end_ids(run.policy, run.tokenizer))
     speeds = {"ours": [], "generate": []}
     for _ in range(rounds + 1):
@@ -113,8 +113,9 @@ def rollout_speeds(gspo, run, rounds):
         began = time.perf_counter()
         with torch.no_grad():
             out = run.policy.generate(
-                input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0,
-                top_p=1.0, max_new_tokens=TOKENS, num_return_sequences=GROUP)[:, ids.shape[1]:]
+                **prompts, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                max_new_tokens=TOKENS, num_return_sequences=GROUP)
+        out = out[:, prompts["input_ids"].shape[1]:]
         seconds = time.perf_counter() - began
         ended = torch.isin(out, ends)
         real = (ended.cumsum(1) - ended.long() == 0).sum()  # up to the first end token, included
