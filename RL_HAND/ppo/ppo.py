@@ -473,10 +473,9 @@ def sample_groups(model, tokenizer, rows, group_size, temperature=None, length=N
     """Sample `group_size` completions of each row's prompt: a Batch of len(rows) x group_size.
 
     Each prompt is run once, its keys and values are copied for its group, and all completions are
-    decoded together until they end. Of the model's generation_config only the end ids are used
-    (Qwen3's also says top_k 20): what is sampled is softmax(logits / temperature), which is what is
-    trained. All random numbers are drawn first: what becomes of a completion depends neither on
-    those beside it nor on device or processes. A temperature of 0 is greedy.
+    decoded together. Of the model's generation_config only the end ids are used (Qwen3's has a
+    top_k, too): sampled is softmax(logits / temperature), as trained; 0 is greedy. Random numbers
+    are drawn first: a completion depends neither on those beside it nor on device or processes.
     """
     temperature = TEMPERATURE if temperature is None else temperature
     length, prompts = length or MAX_NEW_TOKENS, [{"input_ids": row["prompt_ids"]} for row in rows]
@@ -810,8 +809,7 @@ def checked_scores(name, scorer, rows, responses):
 
 def texts_of(run, batch, kept=True):
     """The completions as texts; of the `kept` tokens (B, T) only."""
-    ids = batch.completion_ids.where(batch.completion_mask.bool() & kept,
-                                     run.tokenizer.pad_token_id)
+    ids = batch.completion_ids.where(batch.completion_mask * kept > 0, run.tokenizer.pad_token_id)
     return run.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
@@ -958,8 +956,7 @@ def put(path, write):
 
 def save_checkpoint(run):
     """Write a checkpoint under a temporary name, then rename it: a kill leaves only whole ones."""
-    new = run.folder / f".{run.finished['name']}.partial"
-    shutil.rmtree(new, ignore_errors=True)
+    new = run.folder / f".{run.finished['name']}.partial{rank or ''}"  # each process has its own
     new.mkdir()
     (new / "train_script.py").write_bytes(run.source)
     (new / "samples.txt").write_text(run.samples, encoding="utf-8")
@@ -982,8 +979,11 @@ def save_checkpoint(run):
 def rescue(run):
     """Save what is trained, unless a further step has changed it; say what to resume from."""
     if run.finished and run.step and not (run.folder / run.finished["name"]).exists():
-        with suppress(OSError):  # another process may be doing it
+        if processes > 1:  # in a group, transformers saves in its first process only
+            dist.destroy_process_group()
+        with suppress(Exception):  # a full disk, or another process was faster
             save_checkpoint(run)
+        shutil.rmtree(run.folder / f".{run.finished['name']}.partial{rank or ''}", True)
     saved = sorted(run.folder.glob("[!.]*/trainer_state.json"), key=os.path.getmtime)
     last = saved[-1].parent if saved else RESUME_FROM
     return f"go on with RESUME_FROM={last}" if last else "nothing was trained yet"
@@ -1142,8 +1142,7 @@ def load(kind, name, constant, **options):
 
 
 def load_policy(name, frozen=False):
-    """A causal model. Trained weights stay float32: AdamW's steps of 1e-6 round to nothing in
-    bfloat16. Evaluation mode: dropout would train something else."""
+    """A causal model without dropout; what is trained is float32: bfloat16 loses steps of 1e-6."""
     dtype = getattr(torch, DTYPE) if frozen or LORA_RANK else torch.float32
     what = "RESUME_FROM" if name == RESUME_FROM else "POLICY_MODEL"
     with one_line(f"{what}={name}, LORA_RANK={LORA_RANK}", "for LoRA: pip install peft"):
@@ -1184,7 +1183,7 @@ def check_policy(run):
         texts = torch.cat([batch.prompt_ids, batch.completion_ids], 1)                 # (4, L + T)
         with torch.no_grad():  # each text alone, without padding before it, in the weights' dtype
             own = torch.cat([policy(input_ids=text[None, at:], logits_to_keep=logps.shape[1] + 1
-                                    ).logits[:, :-1].float().mT / TEMPERATURE       # (1, V, T)
+                                    ).logits[:, :-1].float().mT / TEMPERATURE  # (1, V, T)
                              for text, at in zip(texts, (batch.prompt_mask == 0).sum(1))])
         own = -F.cross_entropy(own, batch.completion_ids, reduction="none") * batch.completion_mask
         apart = (torch.stack([logps, batch.sampled_logps]) - own).abs().mean((1, 2)).max().item()
