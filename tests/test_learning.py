@@ -4,9 +4,9 @@ Measured on the shipped data: gain of 15 steps on 256 held-out questions, reward
 and with rewards of the same kind, shuffled, for the seeds 0 to 6:
 
     sampled   +0.36 +0.41 +0.41 +0.37 +0.44 +0.39 +0.36
-    shuffled  -0.02 -0.06 -0.02 -0.01 -0.04 +0.01 -0.02
-    greedy    +0.45 +0.45 +0.43 +0.43 +0.46 +0.44 +0.44
-    shuffled   0.00 -0.05  0.00 +0.04  0.00 +0.06 +0.07
+    shuffled  -0.04 -0.02 -0.02 -0.01 -0.02 +0.02 -0.02
+    greedy    +0.45 +0.45 +0.43 +0.43 +0.46 +0.44 +0.45
+    shuffled  -0.01 +0.01 +0.06 +0.07 +0.04 +0.09 +0.06
 
 Each bar stands between the two; other random numbers for the same seeds once took the shuffled ones
 to +0.07 sampled and +0.18 greedy (the most of twelve). That of the greedy accuracy is higher,
@@ -58,7 +58,7 @@ def test_the_default_learns(tmp_path):
     sampled, greedy, reward, table = gains(tmp_path / "run")
     assert sampled >= SAMPLED and greedy >= GREEDY, f"sampled {sampled:+.3f}, greedy {greedy:+.3f}"
     assert reward >= SAMPLED
-    # The answers to the training questions say the same: +0.19 or more, shuffled at most +0.03.
+    # The answers to the training questions say the same: +0.19 or more, shuffled at most +0.05.
     assert late_minus_early(table) > 0.12
     assert table.entropy[11:].mean() > 0.02, "it collapsed"
 
