@@ -5,6 +5,7 @@ it a process has; only the first process writes; Ctrl-C in one is Ctrl-C in all;
 is killed ends the run with a clear line and whole checkpoints. torchrun itself is started once:
 what it gives to its processes are environment variables."""
 
+import json
 import os
 import re
 import signal
@@ -39,13 +40,31 @@ def run_share(script, arguments, environment):
     module.main(list(map(str, arguments)))
 
 
-def processes_of(script, arguments, log, count=2):
+def run_share_that_fails(script, arguments, environment):
+    """The same, where it ends with an error, and the first process is still busy saving what is
+    trained when the second one begins to."""
+    save, sleep = torch.save, time.sleep
+    time.sleep = lambda seconds: None  # in which the second process lets the first one speak
+
+    def slow_save(*given):
+        sleep(2.0 * (environment["RANK"] == "0"))
+        save(*given)
+
+    torch.save = slow_save
+    try:
+        run_share(script, arguments, environment)
+    except SystemExit as stop:
+        print(stop.code, file=sys.stderr)
+        raise
+
+
+def processes_of(script, arguments, log, count=2, function=run_share):
     """Start `count` processes that run a script together, as torchrun would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [fork(run_share, f"{log}.{i}", script, arguments,
+    return [fork(function, f"{log}.{i}", script, arguments,
                  shared | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(count)]
 
 
@@ -146,6 +165,33 @@ def test_ctrl_c_in_one_process_stops_all_at_the_same_step_and_they_resume(tmp_pa
     one, other = (load_file(tmp_path / name / f"step_{last + 1}" / "model.safetensors")
                   for name in ("rest", "whole"))
     assert all(torch.allclose(one[key], other[key], atol=1e-6) for key in one)
+
+
+def test_what_is_trained_is_saved_when_all_fail_at_once(tmp_path):
+    """A judge that answers nobody any more ends every process: none spoils what another saves."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    (tmp_path / "judge.py").write_text(
+        "calls = 0\n"
+        "def score(questions, responses, references):\n"
+        "    global calls\n"
+        "    calls += 1\n"  # tried; in the evaluation of step 0; in step 1; in step 2
+        "    return [0.5] * (0 if calls == 4 else len(responses))\n")
+    running = processes_of(script_of("gspo"), [
+        *SMALL, "REWARD_WEIGHTS={'function': 1.0}", f"OUTPUT_DIR={folder}",
+        f"REWARD_FUNCTION={tmp_path / 'judge.py'}:score"], log, function=run_share_that_fails)
+    for process in running:
+        process.join(120)
+    assert [process.exitcode for process in running] == [1, 1]
+    for i in (0, 1):
+        said = open(f"{log}.{i}").read()
+        assert "Traceback" not in said and said.splitlines()[-1] == (
+            "error: the reward source 'function': it returned 0: []; expected 8 finite numbers; "
+            f"go on with RESUME_FROM={folder / 'step_1'}")
+    assert {path.name for path in folder.iterdir()} == {"epoch_0", "step_1", "metrics.csv",
+                                                        "judge.py"}
+    assert load_file(folder / "step_1" / "model.safetensors")
+    assert torch.load(folder / "step_1" / "policy_optimizer.pt", weights_only=True)
+    assert json.loads((folder / "step_1" / "trainer_state.json").read_text())["step"] == 1
 
 
 @pytest.mark.parametrize("setting, words", [
