@@ -613,7 +613,7 @@ def test_bfloat16_rescores_the_old_log_probs(embedded, policy, tokenizer):
     assert (gspo.score_tokens(policy, batch)[0] - logps).abs().max() > 1e-4  # it was bfloat16
 
 
-def test_in_bfloat16_the_head_is_float32(embedded, policy, tokenizer):
+def test_in_bfloat16_the_head_sums_in_float32(embedded, policy, tokenizer):
     """Neither the head's weights nor its sums are rounded: not in scoring, and not in sampling,
     which happens inside of the autocast. Weights and their gradients stay float32."""
     gspo, gspo.DTYPE = embedded, "bfloat16"

@@ -202,10 +202,10 @@ MUTATIONS = {  # name: (text, what takes its place, the test that must fail)
         batching.test_bfloat16_rescores_the_old_log_probs),
     "bfloat16 rounds the head's weights": (
         "@ weight.float().T", "@ weight.to(getattr(torch, DTYPE)).float().T",
-        batching.test_in_bfloat16_the_head_is_float32),
+        batching.test_in_bfloat16_the_head_sums_in_float32),
     "the head is under the autocast of what is around it": (
         "with torch.autocast(states.device.type, enabled=False):", "if True:",
-        batching.test_in_bfloat16_the_head_is_float32),
+        batching.test_in_bfloat16_the_head_sums_in_float32),
     # ---- Constants, resuming, and several processes
     "what was set once stays set": (
         "values = DEFAULTS | dict(map(parse, arguments))",
