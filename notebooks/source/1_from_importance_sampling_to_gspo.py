@@ -9,7 +9,7 @@
 #
 # 假设你已经了解 PPO。本篇用十个小步从 PPO 走到 GSPO。每个公式后面都紧跟脚本里计算它的那几行代码，再跟着具体的数字，其中大部分可以手算验证。
 #
-# 这里训练的是一个真正的语言模型，只是很小（[有多小](../../data/README.md)），单个 CPU 核心，跑得比你读得快。需要本仓库、`pip install -r requirements.txt` 和 Jupyter。在 Colab 上请先克隆仓库并进入其目录。
+# 这里训练的是一个真正的语言模型，只是很小（[有多小](../../data/README.md)），单核 CPU 就能跑，比你读得还快。需要本仓库、`pip install -r requirements.txt` 和 Jupyter。在 Colab 上请先克隆仓库并进入其目录。
 # %%
 import contextlib, inspect, io, os, re, sys, tempfile
 from pathlib import Path
@@ -87,7 +87,7 @@ for n in (1, 2, 5, 10, 25):
 # %% [markdown] lang="zh"
 # 还不到一个。长回答的精确权重在期望上是对的，实际上却没法用：几乎所有权重都接近零，偶尔冒出一个巨大的。
 #
-# 所以没有人直接用它。PPO 和 GRPO 给每个 *token* 用它自己的比率；GSPO 保留整个回答，但开 $n$ 次*方根*。两者都不再无偏：token 的比率不管前文同样来自旧策略，而权重开了方根就不再是权重。各自换来了什么，就是本篇余下的内容。
+# 所以没有人直接用它。PPO 和 GRPO 给每个 *token* 用它自己的比率；GSPO 保留整个回答，但开 $n$ 次*方根*。两者都不再无偏：token 的比率忽略了前文也出自旧策略；权重一开方，就不再是重要性权重。各自换来了什么，就是本篇余下的内容。
 # %% [markdown] lang="en"
 # ## 3. PPO: a ratio per token, and a clip
 #
@@ -154,7 +154,7 @@ look(grpo, -1, 0.2, 0.2, 0.3, -0.3)
 #
 # $$A_i = R_i - \mathrm{mean}(R) \qquad \mathrm{or} \qquad A_i = \frac{R_i - \mathrm{mean}(R)}{\mathrm{std}(R)}$$
 #
-# GRPO 不要评论家。对一道题该有什么预期，看同一道题的其他回答得了多少分就知道，这就是组内相对优势。同一个回答的所有 token 共享这个优势。
+# GRPO 不用评论家。对一道题该有什么预期，看同一道题的一组回答平均得了多少分就知道，这就是组内相对优势。同一个回答的所有 token 共享这个优势。
 #
 # 手算一遍：奖励 95、70、85、80 的均值是 82.5。所以第一个回答比预期好 12.5，第二个差 12.5。标准差是 10.4，除的是 $n-1$（`STD_CORRECTION=1`）。
 #
@@ -224,7 +224,7 @@ for what, move in ("tokens", changes[0]), ("answers", changes[0].sum(1, True) / 
 #
 # The two lines above the figure count over all answers. (Moved is: by more than 4e-4, the upper end of that range.) Of the tokens, little more than half moved as their advantage says; of the answers' means, about three quarters. So one token's ratio says little about its answer; the mean says more, though not always enough.
 # %% [markdown] lang="zh"
-# 在两个回答里都*上升*了：第一个 token（开始列竖式，而不是乱猜）上升约 0.1。在答错的回答里它受到向下的推力，但比不过同样开头的正确回答把它往上推的力。真正区分两者的只有那个关键数字：8 上升，5 下降。其余 token 几乎都由前文决定，原地不动。
+# 两个回答的第一个 token（开始列竖式，而不是乱猜）都*上升*了约 0.1。在答错的回答里它受到向下的推力，但敌不过同样开头的正确回答的上推。真正区分两者的只有那个关键数字：8 上升，5 下降。其余 token 几乎都由前文决定，原地不动。
 #
 # 虚线也分不开*这*两个回答：都在 0.006 左右。GSPO 将用它的窄范围（第 8 节）按虚线判断：对的回答这一步已经走完；错的回答跟着一起上升，还没有开始下降，仍要往下压。
 #
@@ -301,7 +301,7 @@ for change, title, axis in zip((rounding, changes[-1]), ("rounding only", "after
 #
 # $$s_i = \left(\frac{\pi(y_i \mid x)}{\pi_{old}(y_i \mid x)}\right)^{1/|y_i|} = \exp\left(\frac{1}{|y_i|} \sum_t \log \frac{\pi(y_{i,t} \mid x, y_{i,\lt t})}{\pi_{old}(y_{i,t} \mid x, y_{i,\lt t})}\right)$$
 #
-# 这是论文的 Eq. 7：整个回答的精确权重，再开 $|y|$ 次方根。它就是第 5 节那条虚线，只是换算成了比率。开了方根，它就不再是重要性权重，在期望上也不是。这是有意的取舍：放弃一个没法用的精确权重，换来一个尺度，衡量回答的似然*平均每个 token* 移动了多远，围绕它可以划出信任域。其余照旧：
+# 这是论文的 Eq. 7：整个回答的精确权重，再开 $|y|$ 次方根。它就是第 5 节那条虚线，只是取了指数。开了方根，它就不再是重要性权重，取期望也不再无偏。这是有意的取舍：放弃一个没法用的精确权重，换来一个尺度，衡量回答的似然*平均每个 token* 移动了多远，围绕它可以划出信任域。其余照旧：
 #
 # $$J = \frac{1}{G} \sum_i \min\left(s_i A_i,\ \mathrm{clip}(s_i, 1-\varepsilon, 1+\varepsilon)\, A_i\right)$$
 #
