@@ -6,7 +6,8 @@
 Between <!-- constants --> and <!-- end --> stand constants: in RL_HAND/constants.md those of
 gspo.py outside the Algorithm group, in a script's README the others that it has: its Algorithm
 group, and what has another name or value there. Between <!-- diff NAME --> and <!-- end --> stands
-how the README's script differs from the script NAME in what it does: see `lesson`.
+how the README's script differs from the script NAME in what it does: see `lesson`. Between
+<!-- architectures --> and <!-- end --> stand the kinds of models that were tried: ARCHITECTURES.
 """
 
 import ast
@@ -17,6 +18,26 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "RL_HAND"
+ARCHITECTURES = [  # what comes of them, their names in tests/test_models.py, what to do
+    ("works", "Arcee, Cohere with logit_scale=1, DeepSeek-V3, DiffLlama, ERNIE 4.5, Falcon, Gemma, "
+     "Gemma 3, Gemma 3 with pictures, Gemma 4, GLM-4, GPT-2, GPT-BigCode, GPT-NeoX, Granite with "
+     "logits_scaling=1, Helium, Hunyuan, Llama, Llama with an untied head, Mistral, Mistral with "
+     "a long window, Mixtral, Nemotron, OLMo 2, OLMo 3, OPT, Phi-3, Qwen2, Qwen2-MoE, Qwen3, "
+     "Qwen3-MoE, Seed-OSS, SmolLM3, StableLM, StarCoder2", "nothing"),
+    ("refused: scaled logits", "Cohere, Granite", "take another"),
+    ("refused: capped logits", "Gemma 2", "take Gemma 3"),
+    ("refused: head with bias", "CodeGen, GPT-J, Phi", "take Phi-3"),
+    ("refused: window too short", "Gemma 3 with a short window, Mistral with a short window, "
+     "StarCoder2 with a short window", "lower MAX_PROMPT_TOKENS + MAX_NEW_TOKENS to at most one "
+     "more than `sliding_window` in config.json"),
+    ("refused: too few positions", "GPT-2 with 40 positions, Llama with 40 positions",
+     "lower MAX_PROMPT_TOKENS + MAX_NEW_TOKENS to `max_position_embeddings`"),
+    ("refused: positions that stretch", "Phi-3 with long positions",
+     "lower MAX_PROMPT_TOKENS + MAX_NEW_TOKENS to `original_max_position_embeddings`"),
+    ("refused: positions as biases", "BLOOM, Falcon with ALiBi, MPT", "take another Falcon"),
+    ("refused: linear attention", "Jamba, LFM2, Mamba, Qwen3-Next, Qwen3.5", "take Qwen3"),
+    ("refused: attention without SDPA", "GPT-Neo, GPT-OSS", "take another"),
+]
 
 
 def source_of(name):
@@ -62,8 +83,18 @@ def difference(name, other):
     return "\n".join(re.sub("^@@.*", "", line) for line in list(lines)[3:])
 
 
+def architectures():
+    """ARCHITECTURES as a Markdown table, and with what they were tried."""
+    rows = ["| architecture | result | what to do |", "|---|---|---|"]
+    rows += [f"| {names} | {result} | {advice} |" for result, names, advice in ARCHITECTURES]
+    version = re.search(r'"(transformers)==(.*?)"', source_of("gspo")).groups()
+    return "\n".join(rows) + "\n\n*By `tests/test_models.py`, with {} {}.*".format(*version)
+
+
 def refreshed(text, name, rows):
     """A page's text with its generated parts made anew; `name` is its script."""
+    text = re.sub(r"(<!-- architectures -->\n).*?(?=<!-- end -->)",
+                  lambda at: f"{at[1]}{architectures()}\n", text, flags=re.S)
     text = re.sub(r"(<!-- diff (\w+) -->\n).*?(?=<!-- end -->)", lambda at:
                   f"{at[1]}```diff\n{difference(name, at[2])}\n```\n", text, flags=re.S)
     return re.sub(r"(<!-- constants -->\n).*?(?=<!-- end -->)",
@@ -71,13 +102,17 @@ def refreshed(text, name, rows):
 
 
 def main(arguments):
-    """Refresh or check constants.md and the README of every script."""
+    """Refresh or check constants.md, the project's README and that of every script."""
     shared = [pair for pair in constants(source_of("gspo")) if pair[0] != "Algorithm"]
     pages = [(FOLDER / "constants.md", "gspo", shared)]
+    if (FOLDER.parent / "README.md").exists():
+        pages.append((FOLDER.parent / "README.md", "gspo", []))
     for name in sorted(path.stem for path in FOLDER.glob("*/*.py")):
         if (page := FOLDER / name / "README.md").exists():
             own = [pair for pair in constants(source_of(name)) if pair not in shared]
             pages.append((page, name, own))
+    pages += [(chinese, name, rows) for page, name, rows in pages
+              if (chinese := page.with_name(f"{page.stem}.zh-CN.md")).exists()]
     stale = []
     for page, name, rows in pages:
         text = page.read_text(encoding="utf-8")
