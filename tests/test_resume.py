@@ -201,48 +201,34 @@ def score(questions, responses, references):
 """
 
 
-def assert_it_moved(folder, start, end, *names):
-    """Between two checkpoints each of these files has changed: else equality would say little."""
-    for name in names:
-        before, after = (tensors(folder / at / name) for at in (start, end))
-        assert set(before) == set(after)
-        assert any(not torch.equal(value, before[key]) for key, value in after.items()), name
-
-
-def test_a_reward_function_is_resumed(tmp_path):
-    """It is the file itself; the run's folder has a copy for the record."""
-    (tmp_path / "reward.py").write_text(REWARD)
-    whole = train(tmp_path / "whole", *SMALL, questions(tmp_path), "EVAL_EVERY=0", "MAX_STEPS=3",
-                  "REWARD_WEIGHTS={'function': 1.0, 'verifier': 0.5}",
-                  f"REWARD_FUNCTION={tmp_path / 'reward.py'}:score")
-    rest = train(tmp_path / "rest", f"RESUME_FROM={whole / 'step_1'}")
-    assert_same_run(whole, rest, "step_3")
-    assert_it_moved(whole, "step_1", "step_3", "model.safetensors", "policy_optimizer.pt")
-    assert (whole / "reward.py").read_text() == (rest / "reward.py").read_text() == REWARD
-    assert metrics(whole)[1]["rewards/function"] != "0.0"
-
-
 @pytest.mark.parametrize("name", ["gspo", "ppo"])
 def test_an_adapter_is_resumed(tmp_path, name):
-    """With its optimiser, on the model it was made for; PPO's critic has one, too, and a head."""
+    """An adapter, with its optimiser, on the model it was made for; PPO's critic, which has one,
+    too; a reward function, which is the file itself: the run's folder has a copy for the record."""
     pytest.importorskip("peft")
+    (tmp_path / "reward.py").write_text(REWARD)
     script, trained, arguments = SCRIPT, ["policy"], SMALL
     if name == "ppo":
         script, trained = ROOT / "RL_HAND" / "ppo" / "ppo.py", ["policy", "critic"]
         arguments = [*(setting for setting in SMALL if setting.partition("=")[0] not in
                        ("GSPO_EPOCHS", "TARGET_KL")), "CRITIC_WARMUP=1"]  # the policy waits for it
     whole = train(tmp_path / "whole", *arguments, questions(tmp_path), "LORA_RANK=4",
-                  "EVAL_EVERY=0", "MAX_STEPS=3", script=script)
+                  "EVAL_EVERY=0", "MAX_STEPS=3", f"REWARD_FUNCTION={tmp_path / 'reward.py'}:score",
+                  "REWARD_WEIGHTS={'function': 1.0, 'verifier': 0.5}", script=script)
     rest = train(tmp_path / "rest", f"RESUME_FROM={whole / 'step_1'}", script=script)
     assert_same_run(whole, rest, "step_3")
-    assert_it_moved(whole, "step_2", "step_3", "adapter_model.safetensors",
-                    *(f"{part}{end}" for part in trained for end in (".safetensors",
-                                                                     "_optimizer.pt")))
+    for file in ("adapter_model.safetensors", *(f"{part}{end}" for part in trained for end in (
+            ".safetensors", "_optimizer.pt"))):  # else equality would say little
+        before, after = (tensors(whole / at / file) for at in ("step_2", "step_3"))
+        assert set(before) == set(after)
+        assert any(not torch.equal(value, before[key]) for key, value in after.items()), file
     # The adapter alone is saved of the policy, in float32.
     assert not (whole / "step_3" / "model.safetensors").exists()
     saved = tensors(whole / "step_3" / "policy.safetensors")
     assert all("lora_" in key and value.dtype == torch.float32 for key, value in saved.items())
     assert metrics(whole)[3]["kl"] != "0.0"  # against the model without it
+    assert (whole / "reward.py").read_text() == (rest / "reward.py").read_text() == REWARD
+    assert metrics(whole)[1]["rewards/function"] != "0.0"
 
 
 def test_resuming_warns_of_nothing(whole, tmp_path, recwarn):
