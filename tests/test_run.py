@@ -121,19 +121,6 @@ def test_start_up_block(smoke):
     assert block["output"] == str(out)
 
 
-def test_questions_without_a_number_are_counted(here, tmp_path, capsys):
-    """Where the verifier has nothing to compare, the start-up block says what has."""
-    path = tmp_path / "mixed.jsonl"
-    answers = ["7", "seven", r"\boxed{x+y}", "the answer is 7", "Paris"]
-    path.write_text("".join(json.dumps({"q": f"What is {i} plus 4?", "a": answer}) + "\n"
-                            for i, answer in enumerate(answers)))
-    entry = {"path": str(path), "input": "q", "output": "a"}
-    here(f"train_datasets={[entry]!r}", "MAX_STEPS=1")
-    assert ("  data      5 questions, 4 held out; 3 without a number: use REWARD_FUNCTION="
-            "RL_HAND/self_play/reward_func.py\n") in capsys.readouterr().out
-    assert (ROOT / "RL_HAND" / "self_play" / "reward_func.py").is_file()
-
-
 def test_what_is_printed(smoke):
     done, out, _ = smoke
     rows = read_metrics(out)
@@ -511,16 +498,22 @@ def test_evaluation_does_not_touch_the_training(here):
         assert torch.equal(value, weights[1][name]) and torch.equal(value, weights[2][name])
 
 
-def test_long_prompts_are_dropped_aloud(here, tmp_path, capsys):
-    questions = ["What is 3 plus 4?", "What is 3 plus 4? " * 12, "What is 2 plus 4?"]
+def test_questions_that_are_of_less_use_are_counted(here, tmp_path, capsys):
+    """Long ones are dropped. Where the verifier has no number to compare, it is said what has."""
+    questions = [f"What is {number} plus 4?" for number in range(6)]
+    questions[2] *= 12
+    answers = ["7", "seven", "7", r"\boxed{x+y}", "the answer is 7", "Paris"]
     path = tmp_path / "long.jsonl"
-    path.write_text("".join(json.dumps({"q": q, "a": "7"}) + "\n" for q in questions))
+    path.write_text("".join(json.dumps({"q": q, "a": a}) + "\n"
+                            for q, a in zip(questions, answers)))
     entry = {"path": str(path), "type": "jsonl", "input": "q", "output": "a"}
     out = here(f"train_datasets={[entry]!r}", "NUM_EPOCHS=1")
     printed = capsys.readouterr().out
-    assert "train_datasets: 2 of 3 questions are within MAX_PROMPT_TOKENS=64\n" in printed
-    assert re.search(r"  data +2 questions\b.* 4 held out\b", printed)
-    assert [row["step"] for row in read_metrics(out)] == ["0", "1"]
+    assert "train_datasets: 5 of 6 questions are within MAX_PROMPT_TOKENS=64\n" in printed
+    assert ("  data      5 questions, 4 held out; 3 without a number: use REWARD_FUNCTION="
+            "RL_HAND/self_play/reward_func.py\n") in printed
+    assert (ROOT / "RL_HAND" / "self_play" / "reward_func.py").is_file()
+    assert [row["step"] for row in read_metrics(out)] == ["0", "1", "2"]
 
 
 # ---- Rewards
