@@ -464,9 +464,15 @@ def test_tokenizer_without_chat_template(refused, tmp_path):
 # ---- Output
 
 
-@pytest.mark.parametrize("below", ["file/run", "file/a/b"])
+def test_output_folder_that_cannot_be_made(refused, tmp_path):
+    path = tmp_path / "file" / "run"
+    path.parent.write_text("a regular file")
+    refused(f"OUTPUT_DIR={path}", loaded=["AutoModelForCausalLM"],
+            says=[f"OUTPUT_DIR={path}: ", "expected a folder that can be made"])
+
+
 @pytest.mark.parametrize("system", ["this one", "Windows"])
-def test_output_folder_that_cannot_be_made(refused, tmp_path, monkeypatch, below, system):
+def test_output_folder_far_below_a_file(gspo, tmp_path, monkeypatch, system):
     """Windows does not say that a file is no folder, but that what is below it is not there."""
     (tmp_path / "file").write_text("a regular file")
     make = os.mkdir
@@ -479,8 +485,9 @@ def test_output_folder_that_cannot_be_made(refused, tmp_path, monkeypatch, below
 
     if system == "Windows":
         monkeypatch.setattr(os, "mkdir", mkdir)
-    refused(f"OUTPUT_DIR={tmp_path / below}", loaded=["AutoModelForCausalLM"],
-            says=[f"OUTPUT_DIR={tmp_path / below}: ", "expected a folder that can be made"])
+    gspo.OUTPUT_DIR = str(tmp_path / "file" / "a" / "b")
+    with pytest.raises(SystemExit, match="^error: OUTPUT_DIR=.*: .*; expected a folder that can"):
+        gspo.new_folder()
 
 
 @pytest.mark.parametrize("value", ["", "/"])
