@@ -202,7 +202,7 @@ def score(questions, responses, references):
 
 
 @pytest.mark.parametrize("name", ["gspo", "ppo"])
-def test_an_adapter_is_resumed(tmp_path, name):
+def test_what_else_is_resumed(tmp_path, name):
     """An adapter, with its optimiser, on the model it was made for; PPO's critic, which has one,
     too; a reward function, which is the file itself: the run's folder has a copy for the record."""
     pytest.importorskip("peft")
