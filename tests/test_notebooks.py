@@ -17,6 +17,7 @@ SOURCES = sorted((ROOT / "notebooks" / "source").glob("*.py"))
 SCRIPTS = {path.stem: path for path in (ROOT / "RL_HAND").glob("*/*.py")}
 RUN_ANEW = "1_from_importance_sampling_to_gspo"  # the one that the tests can afford to run
 LINES = {RUN_ANEW: 80}  # of code, imports aside: ten steps, each with its own numbers or figure
+BYTES = {"5_spot_the_bug": 700_000}  # eight figures of several curves
 NUMBER = re.compile(r"(?<![\w.])[-−+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 each = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem[0])
 
@@ -99,7 +100,7 @@ def test_a_notebook_is_thin(path):
     assert len(lines) <= LINES.get(path.stem, 60) and max(map(len, lines)) <= 120
     for file in (ROOT / "notebooks").rglob(f"{path.stem}.ipynb"):
         text = file.read_text(encoding="utf-8")
-        assert file.stat().st_size < 400_000
+        assert file.stat().st_size < BYTES.get(path.stem, 400_000)
         assert not re.search(r"(?<![\w.~/])/(work|tmp|root|home|Users)\b", text)
         for cell in nbformat.reads(text, as_version=4).cells:
             shown = cell.source if cell.cell_type == "markdown" else ""
