@@ -71,7 +71,7 @@ def show(number, *names, before=6, count=12):
     compare, table = import_file(ROOT / "RL_HAND" / "compare.py"), pd.read_csv(TABLE)
     labels = table.fault.map({fault: label for label, fault in pair(number).items()})
     table = table.assign(algorithm=labels, folder=table.seed).dropna(subset="algorithm")
-    figure = pyplot.figure(figsize=(4.4 * len(names), 2.8), layout="constrained", dpi=80)
+    figure = pyplot.figure(figsize=(3.6 * len(names), 2.5), layout="constrained", dpi=80)
     for axes, name in zip(figure.subplots(1, len(names)), names):
         compare.curves(axes, table, "step", name)
         axes.set(title=name, xlabel="step")
@@ -117,4 +117,5 @@ def main(names):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show stops nothing
     main(sys.argv[1:])

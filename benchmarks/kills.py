@@ -49,7 +49,7 @@ def outcome(process, folder):
 
 def checkpoints(folder):
     """The whole checkpoints of a run to go on from, the last one last."""
-    steps = {json.loads(file.read_text())["step"]: file.parent
+    steps = {json.loads(file.read_text(encoding="utf-8"))["step"]: file.parent
              for file in folder.glob("[!.]*/trainer_state.json")}
     return [steps[step] for step in sorted(steps)]
 

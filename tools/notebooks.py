@@ -107,4 +107,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show stops nothing
     sys.exit(main(sys.argv[1:]))
