@@ -60,9 +60,9 @@ def test_a_rollout_allocates_what_is_estimated(gspo, memory, given):
 
 
 @pytest.mark.parametrize("given, least, most", [
-    ([], 15, 16.5), (["EVAL_BATCH=16"], 13, 14.5), (["LORA_RANK=16"], 5, 6.5)])
+    ([], 13, 14.5), (["EVAL_BATCH=32"], 15, 16.5), (["LORA_RANK=16"], 4, 5)])
 def test_the_default_constants_fit(gspo, memory, given, least, most):
-    """Full fine-tuning into 24 GB, with half the EVAL_BATCH into 16, an adapter into 8: with a
+    """Full fine-tuning into 16 GB, with twice the EVAL_BATCH into 24, an adapter into 8: with a
     gigabyte and a half for the driver, and for what the allocator loses."""
     gspo.configure(["PROFILE=full", "DEVICE=cpu", "FROZEN_DEVICE=cpu", *given])
     phases = {name: sum(parts.values()) for name, parts in memory.estimate(gspo).items()}
@@ -73,7 +73,7 @@ def test_the_estimate_follows_the_constants(gspo, memory):
     found = []
     shape = memory.QWEN3 | {"num_hidden_layers": 2}
     memory.QWEN3, before = shape, memory.QWEN3
-    for given in ([], ["KL_COEF=0"], ["REWARD_WEIGHTS={'verifier': 1.0}"], ["EVAL_BATCH=64"],
+    for given in ([], ["KL_COEF=0"], ["REWARD_WEIGHTS={'verifier': 1.0}"], ["EVAL_BATCH=32"],
                   ["MICRO_BATCH=1", "LOGITS_AT_ONCE=1048576"]):
         gspo.configure(["PROFILE=full", "DEVICE=cpu", "FROZEN_DEVICE=cpu", *given])
         found.append(memory.estimate(gspo))
@@ -86,7 +86,7 @@ def test_the_estimate_follows_the_constants(gspo, memory):
     assert exact["update"]["reward model"] == 0 < plain["update"]["reward model"]
     keys = [one["sampling"]["keys and values"] for one in (plain, evaluating)]
     assert keys[1] == 2 * keys[0] == pytest.approx(  # rows, tokens, layers, K and V, float32, width
-        64 * 768 * 2 * 2 * 4 * 1024 / 1e9)
+        32 * 768 * 2 * 2 * 4 * 1024 / 1e9)
     name = "activations, logits, gradient of the head"
     assert small["update"][name] < plain["update"][name]
 

@@ -143,7 +143,7 @@ PLANTS = {  # what: (script, text of the script, what takes its place)
     "requirement": ("ppo", '# requires-python = ">=3.11"', '# requires-python = ">=3.12"'),
     "import": ("grpo", "import glob\n", "import glob \n"),
     "constant before Algorithm": ("grpo", "MAX_GRAD_NORM = 1.0", "MAX_GRAD_NORM = 2.0"),
-    "constant after Algorithm": ("ppo", "EVAL_BATCH = Either(32", "EVAL_BATCH = Either(33"),
+    "constant after Algorithm": ("ppo", "EVAL_BATCH = Either(16", "EVAL_BATCH = Either(17"),
     "comment of a constant": ("dapo", "0: only epoch_N/", "0: only epoch_N"),
     "shared function above the line": ("dapo", '"""CLIP_RANGE as (low, high)."""',
                                        '"""CLIP_RANGE as (low,high)."""'),

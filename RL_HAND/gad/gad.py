@@ -29,7 +29,7 @@ the reward of the other scripts (REWARD_WEIGHTS) are measured here, never traine
     python RL_HAND/gad/gad.py --help
 
 One CPU core, small models: 0.2, 0.6 and 1.1 s for a step of stage 1, 2 and 3, 1.5 minutes in all,
-1 GB of memory. A GPU with Qwen3-0.6B: not run yet; estimated 23 GB, with LORA_RANK=16 8 GB.
+1 GB of memory. A GPU with Qwen3-0.6B: not run yet; estimated 23 GB, with LORA_RANK=16 7 GB.
 """
 
 import ast
@@ -156,7 +156,7 @@ KL_COEF = 0.1  # weight of the KL to the student as SeqKD left it; 0: no referen
 # --- Evaluation
 EVAL_EVERY = Either(200, 10)  # rollouts between evaluations; also at step 0 and an epoch's end
 EVAL_QUESTIONS = Either(256, 512)  # held-out questions used; 0: all
-EVAL_BATCH = Either(32, 512)  # questions answered at once; changes memory only
+EVAL_BATCH = Either(16, 512)  # questions answered at once; changes memory only
 EVAL_TEMPERATURE = 1.0  # of the sampled evaluation; the other one is greedy
 SHOW_SAMPLES = 3  # held-out questions whose answers are printed at each evaluation
 

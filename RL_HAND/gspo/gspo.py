@@ -31,7 +31,7 @@ plain loop, many times slower on a GPU than an inference engine.
     python RL_HAND/gspo/gspo.py --help
 
 One CPU core, small models: 1.1 s a step, 2.5 minutes with evaluations, 0.8 GB. A GPU with
-Qwen3-0.6B: not run yet; estimated 14 GB, with LORA_RANK=16 5 GB (benchmarks/memory.py).
+Qwen3-0.6B: not run yet; estimated 14 GB, with LORA_RANK=16 4 GB (benchmarks/memory.py).
 """
 
 import ast
@@ -151,7 +151,7 @@ TARGET_KL = Either(0.01, 0.1)  # nats per token
 # --- Evaluation
 EVAL_EVERY = Either(200, 10)  # rollouts between evaluations; also at step 0 and an epoch's end
 EVAL_QUESTIONS = Either(256, 512)  # held-out questions used; 0: all
-EVAL_BATCH = Either(32, 512)  # questions answered at once; changes memory only
+EVAL_BATCH = Either(16, 512)  # questions answered at once; changes memory only
 EVAL_TEMPERATURE = 1.0  # of the sampled evaluation; the other one is greedy
 SHOW_SAMPLES = 3  # held-out questions whose answers are printed at each evaluation
 

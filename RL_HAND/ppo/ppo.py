@@ -151,7 +151,7 @@ ENTROPY_COEF = 0.0  # weight of the entropy bonus
 # --- Evaluation
 EVAL_EVERY = Either(200, 10)  # rollouts between evaluations; also at step 0 and an epoch's end
 EVAL_QUESTIONS = Either(256, 512)  # held-out questions used; 0: all
-EVAL_BATCH = Either(32, 512)  # questions answered at once; changes memory only
+EVAL_BATCH = Either(16, 512)  # questions answered at once; changes memory only
 EVAL_TEMPERATURE = 1.0  # of the sampled evaluation; the other one is greedy
 SHOW_SAMPLES = 3  # held-out questions whose answers are printed at each evaluation
 

@@ -148,7 +148,7 @@ WATCH_QUESTIONS = 64  # held-out questions whose first answers are watched; 0: n
 # --- Evaluation
 EVAL_EVERY = Either(1, 2)  # rounds between evaluations; also before the first and at the end
 EVAL_QUESTIONS = Either(256, 512)  # held-out questions used; 0: all
-EVAL_BATCH = Either(32, 512)  # questions answered at once; changes memory only
+EVAL_BATCH = Either(16, 512)  # questions answered at once; changes memory only
 EVAL_TEMPERATURE = 1.0  # of the sampled evaluation; the other one is greedy
 SHOW_SAMPLES = 3  # held-out questions whose answers are printed at each evaluation
 
