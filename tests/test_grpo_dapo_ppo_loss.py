@@ -347,8 +347,8 @@ def train(module, patch, micro=6, minibatch=6, noise=0.4, steps=1, really=False,
     """
     name = module.__name__.split("_")[0]
     constants = {"DTYPE": "float32", "DEVICE": "cpu", "GROUP_SIZE": 2, "BATCH_SIZE": 3,
-                 "MAX_NEW_TOKENS": 5, "MICRO_BATCH": micro, "MINIBATCH": minibatch,
-                 "ENTROPY_COEF": 0.07, f"{name.upper()}_EPOCHS": 1} | (
+                 "MAX_NEW_TOKENS": 5, "MICRO_BATCH": micro, "MINIBATCH": minibatch} | (
+        {"ENTROPY_COEF": 0.07, f"{name.upper()}_EPOCHS": 1} if name != "reinforce" else {}) | (
         {"KL_COEF": 0.3} if name == "grpo" else {}) | constants
     for constant, value in constants.items():
         assert constant in module.DEFAULTS, constant

@@ -38,6 +38,7 @@ RENAMED = next(  # script -> shared name -> its name
     if isinstance(node, ast.Assign) and node.targets[0].id == "RENAMED")
 OWN_VALUES = {
     "gad": {"train_datasets"},  # with the teacher's texts
+    "reinforce": {"LEARNING_RATE", "MINIBATCH"},  # one update per rollout
     "self_play": {  # a few large rounds that its reward function scores
         "TRAIN_BATCH_SIZE", "ROLLOUT_N", "ROLLOUT_TEMPERATURE", "SELF_PLAY_ROUNDS", "NUM_EPOCHS",
         "REWARD_FUNC", "REWARD_WEIGHTS", "MINIBATCH", "MICRO_BATCH", "EVAL_EVERY"}}
