@@ -381,6 +381,102 @@ def test_train_minimises_the_stated_loss(name, monkeypatch, kl_coef):
         assert metrics["clip_ratio/region_mean"] > 0 and ("kl" in metrics) == (kl_coef > 0)
 
 
+# ====================================== Constants of grpo.py ====================================
+
+
+def slow_divisor(kind, rewards, size):
+    """What R - mean of each group is divided by, as numbers of the first definition."""
+    groups = np.array(rewards).reshape(-1, size)
+    centred = groups - groups.mean(1, keepdims=True)
+    return {"normalized": groups.std(1, ddof=1, keepdims=True),
+            "relative": np.ones((len(groups), 1)),
+            "batch-std": np.full((len(groups), 1), groups.flatten().std(ddof=1)),
+            "reinforce++": np.full((len(groups), 1), centred.flatten().std(ddof=1)),
+            "maxrl": groups.mean(1, keepdims=True)}[kind]
+
+
+@pytest.mark.parametrize("kind", ["normalized", "relative", "batch-std", "reinforce++", "maxrl"])
+def test_what_grpo_divides_by(grpo, kind):
+    """R - mean over the group's std; over the rewards' of the rollout; over that of all R - mean;
+    over the mean. Groups of different means and spread, one of them without any."""
+    grpo.GROUP_SIZE, grpo.ADVANTAGE_TYPE, grpo.ADVANTAGE_EPSILON = 4, kind, 1e-3
+    rewards = torch.rand(16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    rewards[:4] += 2.0
+    rewards[4:8] = 0.7
+    rewards[8:12] *= 0.1
+    groups = rewards.view(4, 4).numpy()
+    expected = groups - groups.mean(1, keepdims=True)
+    if kind != "relative":
+        expected = expected / (slow_divisor(kind, rewards.tolist(), 4) + 1e-3)
+    expected[1] = 0.0
+    found = grpo.compute_advantages(rewards)
+    np.testing.assert_allclose(found.view(4, 4).numpy(), expected, rtol=1e-10, atol=1e-14)
+    sentences = torch.stack([rewards, 3 * rewards + 1], 1)  # each by itself
+    both = grpo.compute_advantages(sentences)
+    torch.testing.assert_close(both[:, 0], found, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(both[:, 1], grpo.compute_advantages(3 * rewards + 1), rtol=1e-10,
+                               atol=1e-14)
+
+
+def test_divisors_by_hand(grpo):
+    """Groups of two with the rewards 1, 0; 1, 1; 1, 0: the variance of all six is 4/15, that of
+    R - mean = 1/2, -1/2, 0, 0, 1/2, -1/2 is 1/5. MaxRL: the means are 1/2, 1, 1/2."""
+    grpo.GROUP_SIZE, grpo.ADVANTAGE_EPSILON = 2, 0.0
+    rewards = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0, 0.0])
+    for grpo.ADVANTAGE_TYPE, size in (("normalized", math.sqrt(0.5)), ("relative", 0.5),
+                                      ("batch-std", 0.5 / math.sqrt(4 / 15)),
+                                      ("reinforce++", 0.5 / math.sqrt(1 / 5)), ("maxrl", 1.0)):
+        found = grpo.compute_advantages(rewards).tolist()
+        assert found == pytest.approx([size, -size, 0, 0, size, -size], rel=1e-6)
+
+
+def test_maxrl_is_the_gradient_of_the_log_of_the_pass_rate(grpo):
+    """For rewards of 0 and 1, a right answer with chance p: log p = -sum over k of (1 - p)^k / k,
+    and MaxRL's mean gradient is that of the first G - 1 terms, (1 - (1 - p)^(G - 1)) / p. (Of G, if
+    a group without any right answer got -1 at all its answers; here, without spread, it gets 0.)"""
+    grpo.ADVANTAGE_TYPE, grpo.ADVANTAGE_EPSILON, grpo.GROUP_SIZE = "maxrl", 0.0, 3
+    for p in (0.2, 0.6):
+        slope = 0.0  # the mean over all groups of A d/dp log chance(answer)
+        for group in itertools.product((0.0, 1.0), repeat=3):
+            chance = math.prod(p if right else 1 - p for right in group)
+            advantages = grpo.compute_advantages(torch.tensor(group, dtype=torch.float64))
+            slopes = torch.tensor([1 / p if right else -1 / (1 - p) for right in group])
+            slope += chance * (advantages * slopes).mean().item()
+        assert slope == pytest.approx((1 - (1 - p) ** 2) / p, rel=1e-6)
+
+
+def test_reinforce_plus_plus_without_its_baseline_is_a_constant_too(grpo):
+    """(R - mean) / std over the rollout, whatever the groups."""
+    grpo.USE_GROUP_NORMALIZATION, grpo.GROUP_SIZE = False, 2
+    rewards = torch.rand(8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    expected = (rewards - rewards.mean()) / (rewards.std() + grpo.ADVANTAGE_EPSILON)
+    torch.testing.assert_close(grpo.compute_advantages(rewards), expected)
+
+
+def test_a_range_that_cuts_nothing(grpo):
+    """CLIP_RANGE=(1.0, 1e9), which the rules allow: the plain ratio times the advantage, and its
+    gradient, at ratios from 1/400 to 400, and none is counted as cut."""
+    grpo.configure(["PROFILE=embedded", "DEVICE=cpu", "CLIP_RANGE=(1.0, 1e9)"])
+    new, old, advantages, mask, _ = answers(2.0)
+    loss, statistics = grpo.policy_loss(new, old, advantages, mask)
+    real = mask.bool()
+    plain = -torch.exp(new - old)[real] * advantages[real]
+    torch.testing.assert_close(loss[real], plain)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), new)[0] for x in (loss[real], plain)))
+    assert not statistics["clip_ratio/region_mean"][real].any()
+
+
+def test_batch_std_is_that_of_trl(grpo):
+    """TRL's scale_rewards="batch", whose epsilon is 1e-4: the formula of its trainer, in which the
+    std is of all rewards, by n - 1, and the mean the group's."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    grpo.GROUP_SIZE, grpo.ADVANTAGE_TYPE, grpo.ADVANTAGE_EPSILON = 4, "batch-std", 1e-4
+    rewards = torch.rand(12, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    centred = rewards - rewards.view(-1, 4).mean(1).repeat_interleave(4)
+    torch.testing.assert_close(grpo.compute_advantages(rewards),
+                               centred / (utils.nanstd(rewards) + 1e-4))
+
+
 # ======================================= The same by TRL ========================================
 
 
@@ -473,6 +569,18 @@ def test_docstring_examples(name, functions):
 # ============================ Known bugs, which these tests must catch ===========================
 
 MUTATIONS = {  # name: (script, text, what takes its place, test, its parameters)
+    "the rollout's std is that of a group": (
+        "grpo", '"batch-std": spread(groups, (0, 1))', '"batch-std": spread(groups, 1)',
+        test_divisors_by_hand, {}),
+    "the two stds of the rollout are mixed up": (
+        "grpo", '"reinforce++": spread(advantages,', '"reinforce++": spread(groups,',
+        test_divisors_by_hand, {}),
+    "sentences share a std": (
+        "grpo", '"reinforce++": spread(advantages, (0, 1))', '"reinforce++": advantages.std()',
+        test_what_grpo_divides_by, {"kind": "reinforce++"}),
+    "MaxRL divides by the std": (
+        "grpo", '"maxrl": mean}', '"maxrl": spread(groups, 1)}',
+        test_maxrl_is_the_gradient_of_the_log_of_the_pass_rate, {}),
     "the baseline is added": (
         "reinforce", "(groups - baseline)", "(groups + baseline)",
         test_baselines_by_hand, {}),
@@ -519,7 +627,7 @@ MUTATIONS = {  # name: (script, text, what takes its place, test, its parameters
         "gmpo", "1 - math.exp(-low), math.exp(high) - 1", "low, high", test_gmpo_by_hand, {}),
     "the weight carries gradient": (
         "cispo", "* mask).detach().clamp(", "* mask).clamp(",
-        test_where_grpo_cuts_cispo_caps, {"grpo": None}),
+        test_where_grpo_cuts_cispo_caps, {}),
     "a capped token is dropped": (
         "cispo", "-ratio.clamp(1 - low, 1 + high) * advantages * logps",
         "-ratio * (ratio <= 1 + high) * advantages * logps",
@@ -543,7 +651,6 @@ def test_mutation_is_caught(name, tmp_path, monkeypatch):
     test that fails, not the script that crashes."""
     script, text, instead, test, parameters = MUTATIONS[name]
     copied = mutated_copy(SCRIPTS[script], text, instead, tmp_path)
-    available = {"grpo": fresh("grpo"), "monkeypatch": monkeypatch} | {
-        key: value for key, value in parameters.items() if value is not None} | {
-        script: fresh(script, copied)}
+    available = {"grpo": fresh("grpo"), "monkeypatch": monkeypatch, **parameters,
+                 script: fresh(script, copied)}
     must_fail(test, available)

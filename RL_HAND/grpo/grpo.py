@@ -18,9 +18,10 @@ and what this script minimises is Eq. 3 with the sign of a loss, plus an optiona
     L = -mean_i mean_t min(r_it A_i, clip(r_it, 1-low, 1+high) A_i)
         + KL_COEF KL(pi|ref) - ENTROPY_COEF H(pi)
 
-Dr. GRPO (arXiv:2503.20783): AGGREGATION=dr-grpo ADVANTAGE_TYPE=relative KL_COEF=0. GSPO
-(../gspo/gspo.py) has one ratio per *answer* in the same place. A token's ratio moves by tens of
-percent, so the range is wide (0.2), each token is clipped by itself, and few are.
+Dr. GRPO (arXiv:2503.20783): AGGREGATION=dr-grpo ADVANTAGE_TYPE=relative KL_COEF=0; other relatives
+are constants too (README). GSPO (../gspo/gspo.py) has one ratio per *answer* in the same place. A
+token's ratio moves by tens of percent, so the range is wide (0.2), each token is clipped by itself,
+and few are.
 
 Simplified on purpose: sampling and training take turns in the same processes, and sampling is a
 plain loop, many times slower on a GPU than an inference engine.
@@ -139,7 +140,7 @@ SEED = 0  # of sampling, data order and shuffling
 # --- Algorithm
 GRPO_EPOCHS = Either(4, 2)  # passes over a rollout (sampling is slow); in update 1 all ratios are 1
 CLIP_RANGE = 0.2  # (low, high), or one number, of a *token's* ratio; see policy_loss
-ADVANTAGE_TYPE = "normalized"  # (R - mean) / std, sec. 4.1.2; "relative": R - mean
+ADVANTAGE_TYPE = "normalized"  # (R - mean) / std; "relative": R - mean; see compute_advantages
 USE_GROUP_NORMALIZATION = True  # mean and std over a group; False: over a rollout (one process)
 STD_CORRECTION = 1  # the std divides by n - 1 (as TRL and verl do); 0: by n
 ADVANTAGE_EPSILON = 1e-6  # added to the std
@@ -238,6 +239,10 @@ def compute_advantages(rewards):
     rewards: (B,) float, GROUP_SIZE consecutive completions per prompt; or (B, K), a reward for each
     of K sentences, compared with the same sentence of the others. Returns the same shape.
 
+    R - mean is then divided by the group's std; or by that of all rewards of the rollout
+    ("batch-std", Lite-PPO, arXiv:2508.08221), of all R - mean ("reinforce++", with its baseline,
+    arXiv:2501.03262), or by the mean itself ("maxrl", arXiv:2602.02710, for rewards of at least 0).
+
     A group without any spread carries no signal and gets exactly 0: divided by a std that is float
     noise, equal scores would get advantages of any size, whatever the epsilon.
 
@@ -246,10 +251,13 @@ def compute_advantages(rewards):
     """
     size = GROUP_SIZE if USE_GROUP_NORMALIZATION else len(rewards)
     groups = rewards.unflatten(0, (-1, size))                             # (P, G) or (P, G, K)
-    advantages = groups - groups.mean(1, keepdim=True)
-    if ADVANTAGE_TYPE == "normalized":
-        std = groups.std(1, correction=STD_CORRECTION, keepdim=True)
-        advantages = advantages / (std + ADVANTAGE_EPSILON)
+    mean = groups.mean(1, keepdim=True)
+    advantages = groups - mean
+    if ADVANTAGE_TYPE != "relative":
+        spread = partial(torch.std, correction=STD_CORRECTION, keepdim=True)
+        divisor = {"normalized": spread(groups, 1), "batch-std": spread(groups, (0, 1)),
+                   "reinforce++": spread(advantages, (0, 1)), "maxrl": mean}[ADVANTAGE_TYPE]
+        advantages = advantages / (divisor + ADVANTAGE_EPSILON)
     return advantages.masked_fill(without_spread(groups), 0.0).flatten(0, 1)
 
 
@@ -368,10 +376,11 @@ ALGORITHM_RULES = """
     GRPO_EPOCHS >= 1
     len(clip_range()) == 2 and 0 < clip_range()[0] <= 1  # CLIP_RANGE: a number, or (low, high)
     0 < clip_range()[1] < math.inf  # CLIP_RANGE
-    ADVANTAGE_TYPE in ("relative", "normalized")
+    ADVANTAGE_TYPE in ("normalized", "relative", "batch-std", "reinforce++", "maxrl")
     AGGREGATION in ("seq-mean-token-mean", "token-mean", "dr-grpo")
     STD_CORRECTION in (0, 1) and min(ADVANTAGE_EPSILON, ENTROPY_COEF, KL_COEF, TARGET_KL) >= 0
     USE_GROUP_NORMALIZATION or processes == 1  # a process knows its own groups only
+    ADVANTAGE_TYPE not in ("batch-std", "reinforce++") or processes == 1
 """
 ALGORITHM_PANELS = {"KL to the starting policy, nats per token": "kl TARGET_KL",
                     "KL coefficient": "kl_coef", "KL loss": "kl_loss"}
