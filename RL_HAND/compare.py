@@ -35,7 +35,8 @@ from tqdm.auto import tqdm
 
 HERE = Path(__file__).resolve().parent
 COLOURS = {"gspo": "#1f77b4", "grpo": "#ff7f0e", "dapo": "#2ca02c", "ppo": "#d62728",
-           "gad": "#9467bd", "self_play": "#8c564b"}
+           "gad": "#9467bd", "self_play": "#8c564b", "reinforce": "#7f7f7f", "gmpo": "#e377c2",
+           "cispo": "#bcbd22"}
 RENAMED = {"self_play": {"BATCH_SIZE": "TRAIN_BATCH_SIZE", "GROUP_SIZE": "ROLLOUT_N",
                          "TEMPERATURE": "ROLLOUT_TEMPERATURE", "MAX_STEPS": "SELF_PLAY_ROUNDS",
                          "REWARD_FUNCTION": "REWARD_FUNC"}}  # tools/sync.py reads it here
@@ -148,8 +149,9 @@ def in_words_of(script, constant):
     return RENAMED.get(script, {}).get(name, name) + equals + value
 
 
-def run_all(options, jobs, lock):
-    """Run what is missing; returns the complete runs' folders and the failures, a line each."""
+def run_all(options, jobs, lock, ended_as=lambda folder, failure: None):
+    """Run what is missing; returns the complete runs' folders and the failures, a line each.
+    ended_as: called of each run as it ends, with "" or the line of its failure."""
     try:
         import torch
     except ImportError:
@@ -187,6 +189,7 @@ def run_all(options, jobs, lock):
                         said = re.findall("^error: .*", text, re.MULTILINE) or text.split("\n")
                         failures.append(f"{folder.name} failed (status {status}): {said[-1]}")
                         bar.write(failures[-1])
+                    ended_as(folder, failures[-1] if status else "")
             done, planned = zip(*map(progress_of, folders))
             known = [total for total in planned if total]
             bar.total = round(len(folders) * np.mean(known)) if known else None

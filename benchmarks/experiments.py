@@ -1,60 +1,71 @@
-"""The runs behind the numbers and figures of the READMEs.
+"""The runs behind the numbers and figures of the pages.
 
-    python benchmarks/experiments.py             # run what is missing, draw, print the tables
-    python benchmarks/experiments.py hacking     # only this experiment
+    python benchmarks/experiments.py              # all that is missing, what is quoted most first
+    python benchmarks/experiments.py hacking kl   # only these
+    python benchmarks/experiments.py quick        # one seed of some
+    python benchmarks/experiments.py list         # what is done, stale, missing, and what it takes
+    python benchmarks/experiments.py stale        # rows that are not today's, and who shows them
+    python benchmarks/experiments.py rows FOLDER  # take the finished runs in it; runs/experiments
+    python benchmarks/experiments.py equal SCRIPT # show that a change has changed no bit
+    python benchmarks/experiments.py figures      # draw again what the rows show; NAMES: only these
 
 Each run is a script as it is, started by RL_HAND/compare.py's machinery: one thread each, as many
-at a time as there are cores, complete ones never again. Runs go to runs/experiments/, figures to
-the images/ folders beside the scripts and to RL_HAND/images/.
+at a time as there are cores (or WORKERS=2). A run that has ended leaves a row in results/, and a
+run that has a row of today's script and data is not made again, whoever made it and whenever: see
+results.py. So a long list may be stopped at any time. Runs go to runs/experiments/ and may be
+deleted; `python tools/tables.py` puts the rows into the pages.
 """
 
+import contextlib
 import os
 import random
 import re
+import shutil
+import subprocess
 import sys
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
-import torch
-from common import ROOT, import_file
-from matplotlib.figure import Figure
+import results
+from results import ROOT, constants_in, key_of, source_of
 
 RUNS = ROOT / "runs" / "experiments"
-FIGURES = {"family": ROOT / "RL_HAND" / "images",  # else RL_HAND/gspo/images
-           **dict.fromkeys(["self_play", "preferences", "passes", "variations"],
-                           ROOT / "RL_HAND" / "self_play" / "images")}
-FORMS = [[], *([f"PREFERENCE_LOSS={form}", f"PREFERENCE_BETA={beta}"] for form, beta in (
-    ("dpo", 0.1), ("dpo", 1.0), ("reference_free", 0.1), ("reference_free", 1.0),
-    ("length_normalised", 2.0), ("length_normalised", 10.0)))]
+
+
+class Run(NamedTuple):
+    """A script with constants, for each of the seeds; what it is called in tables and figures."""
+    script: str
+    constants: list
+    seeds: tuple
+    label: str = ""
+
+
+def runs(seeds, *variants):
+    """Runs of (script, constants) or (script, constants, label), with the seeds 0 ... seeds-1."""
+    return [Run(script, constants, tuple(range(seeds)), *label)
+            for script, constants, *label in variants]
+
+
+FAMILY = ["gspo", "grpo", "dapo", "ppo", "gmpo", "cispo", "reinforce"]
+FORMS = [("dpo, β 0.5", [])] + [
+    (f"{form.replace('_', '-')}, β {beta}", [f"PREFERENCE_LOSS={form}", f"PREFERENCE_BETA={beta}"])
+    for form, beta in (("dpo", 0.1), ("dpo", 1.0), ("reference_free", 0.1), ("reference_free", 1.0),
+                       ("length_normalised", 2.0), ("length_normalised", 10.0))]
 OVERUSE = ["TOTAL_EPOCHS=8", "LEARNING_RATE=3e-4", "SELF_PLAY_ROUNDS=4", "EVAL_EVERY=1"]
 SOURCE = ["TOTAL_EPOCHS=15", "SELF_PLAY_ROUNDS=3", "EVAL_EVERY=1"]
 GRADED = ["REWARD_FUNCTION=RL_HAND/self_play/reward_func.py", "REWARD_WEIGHTS={'function': 1.0}"]
 MODEL_ALONE = "REWARD_WEIGHTS={'model': 1.0}"
-EXPERIMENTS = {  # experiment -> [(script, its constants)], and how many seeds
-    "default": ([("gspo", [])], 3),
-    "clip": ([("gspo", []), ("gspo", ["CLIP_RANGE=0.2"])], 3),
-    "kl": ([("gspo", []), ("gspo", ["TARGET_KL=0.01"])], 3),
-    "learning_rate": ([("gspo", []), ("gspo", ["LEARNING_RATE=1e-3"])], 3),
-    "hacking": ([("gspo", [MODEL_ALONE, "KL_COEF=0"]), ("gspo", [MODEL_ALONE]),
-                 ("gspo", [MODEL_ALONE, "TARGET_KL=0.01"]), ("gspo", [])], 3),
-    "self_play": ([("self_play", [])], 5),
-    "preferences": ([("self_play", [*form, *dose]) for dose in ([], OVERUSE) for form in FORMS], 3),
-    "passes": ([("self_play", [*form, *SOURCE]) for form in (FORMS[0], FORMS[3])], 3),
-    "variations": ([("self_play", []), ("self_play", ["USE_RANKING_LOSS=True"]),
-                    ("self_play", ["MARGIN=0.05"]), ("gspo", GRADED)], 3),
-    "family": ([("gspo", []), ("grpo", []), ("dapo", []), ("ppo", [])], 5),
-}
-FELL = [("KL to the start, nats per answer", "kl_divergence", False),
-        ("log-prob of watched chosen answers", "watched/chosen_logp", False),
-        ("log-prob of watched rejected answers", "watched/rejected_logp", False)]
-PANELS = {  # experiment -> (title, metric, logarithmic)
-    "self_play": FELL, "passes": FELL,
-    "clip": [("share of tokens cut by the clip", "clip_ratio/region_mean", True)],
-    "kl": [("KL to the start, nats per token", "kl", False), ("KL coefficient", "kl_coef", True)],
-    "learning_rate": [("KL to the start, nats per token", "kl", True),
-                      ("length, tokens", "completions/mean_length", False)],
-}
+PLAIN = {"REWARD_WEIGHTS": {"verifier": 1.0}, "KL_COEF": 0, "ENTROPY_COEF": 0.0,
+         "ADVANTAGE_TYPE": "normalized"}  # of the map: that losses differ, and nothing else
+LOSSES = {  # of the map: what it is called -> script and constants
+    "GSPO": ("gspo", []), "GSPO, range 0.2": ("gspo", ["CLIP_RANGE=0.2"]),
+    "GMPO": ("gmpo", []), "GRPO": ("grpo", []),
+    "GRPO, no clip": ("grpo", ["CLIP_RANGE=(1.0, 1e9)"]), "DAPO": ("dapo", []), "PPO": ("ppo", []),
+    "CISPO": ("cispo", []), "REINFORCE": ("reinforce", [])}
+RATES, UPDATES = ("1e-4", "2e-4", "4e-4"), {1: (128, 1), 4: (64, 2), 16: (32, 4)}
+CORNERS = [("4e-4", 4), ("4e-4", 16)]  # three seeds; two elsewhere
 
 
 def gad_data(teacher, path="data/train.parquet"):
@@ -63,230 +74,195 @@ def gad_data(teacher, path="data/train.parquet"):
             "'teacher': '%s'}]" % (path, teacher))
 
 
-CARELESS = gad_data("teacher_response", "runs/experiments/data/careless.parquet")
-FEW = gad_data("teacher_response", "runs/experiments/data/few.parquet")
-UNANSWERED = gad_data("teacher_response", "runs/experiments/data/unanswered.parquet")
+CARELESS = gad_data("teacher_response", f"{results.MADE}careless.parquet")
+FEW = gad_data("teacher_response", f"{results.MADE}few.parquet")
+UNANSWERED = gad_data("teacher_response", f"{results.MADE}unanswered.parquet")
 BOTH = gad_data("teacher_response")[:-1] + ", " + gad_data("teacher_talkative")[16:]
 ALONE, TALKATIVE = "SEQKD_STEPS=100", gad_data("teacher_talkative")
 SATURATED = ["MAX_STEPS=60", "SEQKD_STEPS=0", "CRITIC_WARMUP=10", "KL_COEF=0.05", TALKATIVE]
-GAD = {  # experiment -> {what a variant is called: its constants}
-    "gad": {"GAD": [], "SeqKD alone": [ALONE]},
-    "gad_collapses": {
+
+
+def gad(seeds, **variants):
+    """Runs of gad.py: {what it is called: its constants}."""
+    return runs(seeds, *(("gad", constants, label) for label, constants in variants.items()))
+
+
+def on_the_map(label, rate, updates, steps=25):
+    """Script and constants of a run with a learning rate and so many updates per rollout; None
+    where the script is not written, or makes one update only."""
+    script, constants = LOSSES[label]
+    known = constants_in(source_of(script) or "")
+    passes = f"{script.upper()}_EPOCHS"
+    if not known or updates > 1 and passes not in known:
+        return None
+    minibatch, epochs = UPDATES[updates]
+    wanted = PLAIN | {"LEARNING_RATE": float(rate), "MINIBATCH": minibatch, passes: epochs}
+    words = {name: f"{name}={rate if name == 'LEARNING_RATE' else value}"
+             for name, value in wanted.items() if name in known and known[name] != value}
+    return script, [*constants, *words.values(), f"MAX_STEPS={steps}", "EVAL_EVERY=0"], label
+
+
+def stability():
+    """The map: learning rate x updates per rollout x loss."""
+    found = []
+    for rate, updates in [*CORNERS, *((rate, n) for n in UPDATES for rate in RATES
+                                      if (rate, n) not in CORNERS)]:
+        for label in LOSSES:
+            if made := on_the_map(label, rate, updates):
+                found += runs(2 + ((rate, updates) in CORNERS), made)
+    return found
+
+
+def corner():
+    """The corner where most break, for longer: those that hold, and GRPO."""
+    return runs(3, *filter(None, (on_the_map(label, "4e-4", 16, 80)
+                                  for label in ("GSPO", "GMPO", "GRPO"))))
+
+
+EXPERIMENTS = {  # in the order in which they are made
+    "family": runs(5, *((script, []) for script in FAMILY)),
+    "default": runs(5, ("gspo", [])),
+    "stability": stability(),
+    "corner": corner(),
+    "hacking": runs(5, ("gspo", [MODEL_ALONE, "KL_COEF=0"], "model alone, no KL"),
+                    ("gspo", [MODEL_ALONE], "model alone, TARGET_KL 0.1"),
+                    ("gspo", [MODEL_ALONE, "TARGET_KL=0.01"], "model alone, TARGET_KL 0.01"),
+                    ("gspo", [], "model and verifier (default)")),
+    "clip": runs(3, ("gspo", [], "3e-4 / 4e-4"), ("gspo", ["CLIP_RANGE=0.2"], "0.2")),
+    "kl": runs(3, ("gspo", [], "0.1 (embedded default)"), ("gspo", ["TARGET_KL=0.01"], "0.01")),
+    "learning_rate": runs(3, ("gspo", [], "1e-4 (embedded default)"),
+                          ("gspo", ["LEARNING_RATE=1e-3"], "1e-3")),
+    "self_play": runs(5, ("self_play", [])),
+    "gad": gad(3, **{"GAD": [], "SeqKD alone": [ALONE]}),
+    "gad_collapses": gad(3, **{
         "healthy: the default": [],
         "saturated gap": SATURATED,
         "frozen discriminator": ["MAX_STEPS=70", "SEQKD_STEPS=0", "CRITIC_WARMUP=30",
                                  "DISCRIMINATOR_EVERY=0", "KL_COEF=0.0", "CLIP_RANGE=0.2",
                                  "MINIBATCH=32"],
-        "no signal": ["TEMPERATURE=0.3"]},
-    "gad_teachers": {
+        "no signal": ["TEMPERATURE=0.3"]}),
+    "gad_teachers": gad(3, **{
         "GAD, careless teacher": [CARELESS], "SeqKD, careless teacher": [CARELESS, ALONE],
         "GAD, two right texts": [BOTH],
         "GAD after 100 steps of SeqKD, two right texts": [BOTH, ALONE],
         "SeqKD, two right texts": [BOTH, "NUM_EPOCHS=10", "SEQKD_STEPS=1000"],
         "GAD, a D that can add": ["DISCRIMINATOR=data/reward_model",
-                                  "DISCRIMINATOR_LEARNING_RATE=1e-4", "CRITIC_WARMUP=10"]},
-    "gad_few": {
+                                  "DISCRIMINATOR_LEARNING_RATE=1e-4", "CRITIC_WARMUP=10"]}),
+    "gad_few": gad(3, **{
         "SeqKD, 64 texts": [FEW, "NUM_EPOCHS=25", ALONE],
         "GAD, 64 texts": [FEW, "NUM_EPOCHS=25"],
         "GAD, 64 texts and 800 questions": [UNANSWERED],
-        "SeqKD to the end, then that game": [UNANSWERED, ALONE, "NUM_EPOCHS=4"]},
-    "gad_remedies": {
+        "SeqKD to the end, then that game": [UNANSWERED, ALONE, "NUM_EPOCHS=4"]}),
+    "preferences": runs(3, *(("self_play", [*form, *dose], label)
+                             for dose in ([], OVERUSE) for label, form in FORMS)),
+    "passes": runs(3, *(("self_play", [*form, *SOURCE], label)
+                        for label, form in (FORMS[0], FORMS[3]))),
+    "variations": runs(3, ("self_play", []), ("self_play", ["USE_RANKING_LOSS=True"]),
+                       ("self_play", ["MARGIN=0.05"]), ("gspo", GRADED)),
+    "gad_remedies": gad(1, **{
         "saturated gap": SATURATED,
         "labels smoothed": [*SATURATED, "LABEL_SMOOTHING=0.1"],
         "not divided by the std": [*SATURATED, "NORM_ADV_BY_STD=False"],
         "SeqKD first": ["SEQKD_STEPS=60", "SEQKD_LEARNING_RATE=3e-4", "CRITIC_WARMUP=10",
-                        "KL_COEF=0.05", TALKATIVE]},
-    "gad_variations": {
-        "the default": [],
-        "D reads the last token": ["SCORE_AT=last"],
+                        "KL_COEF=0.05", TALKATIVE]}),
+    "gad_variations": gad(1, **{
+        "the default": [], "D reads the last token": ["SCORE_AT=last"],
         "clip range 0.2": ["CLIP_RANGE=0.2"], "no KL": ["KL_COEF=0.0"],
         "not divided by the std": ["NORM_ADV_BY_STD=False"],
         "warm-up of 10 steps": ["CRITIC_WARMUP=10"],
-        "D's learning rate 1e-4": ["DISCRIMINATOR_LEARNING_RATE=1e-4"]},
+        "D's learning rate 1e-4": ["DISCRIMINATOR_LEARNING_RATE=1e-4"]}),
+    "experts": runs(3, *(("moe", [f"RATIO={ratio}", f"ROUTING_REPLAY={replay}"],
+                          f"{name}, {replay}") for ratio, name in (("token", "GRPO"),
+                                                                   ("sequence", "GSPO"))
+                         for replay in ("none", "R2", "R3"))),
 }
-EXPERIMENTS |= {name: ([("gad", constants) for constants in variants.values()],
-                       1 if name in ("gad_remedies", "gad_variations") else 3)
-                for name, variants in GAD.items()}
-FIGURES |= {name: ROOT / "RL_HAND" / "gad" / "images" for name in GAD}
+FEWER = {"stability": 5, "corner": 5}  # means of what each step measures in a row, where not 25
+QUICK = ["family", "clip", "hacking", "self_play", "gad"]  # with seed 0; and the map's corner
 
 
 def jobs_of(name):
-    """An experiment's runs: (script, folder, command line). Two experiments may share a run."""
-    variants, seeds = EXPERIMENTS[name]
+    """An experiment's runs: (script, folder, command line), seed by seed. Two experiments may share
+    a run. Scripts that are not written have none."""
     jobs = []
-    for seed in range(seeds):
-        for script, constants in variants:
+    variants = [run for run in EXPERIMENTS[name] if source_of(run.script)]
+    for seed in sorted({seed for run in variants for seed in run.seeds}):
+        for script, constants, seeds, _ in variants:
             text = "_".join([script, *constants]).replace("'", "").replace(" ", "")
-            text = text.replace("{", "").replace("}", "").replace(":", "").replace("/", ".")
+            text = re.sub("[{}:]", "", text).replace("/", ".")
             if len(text) > 120:  # Windows has 260 characters for a whole path
                 text = f"{text[:100]}_{sha256(text.encode()).hexdigest()[:12]}"
-            folder = RUNS / f"{text}_seed{seed}"
-            jobs.append((script, folder, [f"SEED={seed}", "PROFILE=embedded", *constants]))
+            if seed in seeds:
+                folder = RUNS / f"{text}_seed{seed}"
+                jobs.append((script, folder, [f"SEED={seed}", "PROFILE=embedded", *constants]))
     return jobs
 
 
-def draw(compare, table, panels, file):
-    """Held-out accuracy, sampled and greedy, and the experiment's own panels, by step."""
-    panels = [("held-out accuracy, sampled", "eval/accuracy", False),
-              ("held-out accuracy, greedy", "eval/accuracy_greedy", False), *panels]
-    figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
-    rounds = "kl_divergence" in table  # a dozen of them: nothing to be smoothed
-    if rounds:
-        table = table.assign(algorithm=table["algorithm"].map(form_of))
-    for axes, (title, metric, logarithmic) in zip(figure.subplots(1, len(panels)), panels):
-        rows = table if metric.startswith("eval/") else table[table.step > 0]
-        if rounds:
-            grid(axes, rows, metric)
-        else:
-            compare.curves(axes, rows, "step", metric)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("round" if rounds else "step", fontsize=9)
-        if logarithmic:
-            axes.set_yscale("log")
-        elif not rows[metric].min() < 0:
-            axes.set_ylim(0, None)
-    figure.axes[0].legend(fontsize=8, frameon=False)
-    figure.savefig(file, dpi=110)
+def job_key(job):
+    """What tells a job's row from others."""
+    script, _, (seed, _, *constants) = job
+    return key_of(script, constants, seed.removeprefix("SEED="))
 
 
-def draw_hacking(table, file):
-    """What the reward model thinks and what is true, on one axis: a panel per way of rewarding."""
-    figure = Figure(figsize=(16, 3.8), layout="constrained")
-    groups = list(table.groupby("algorithm", sort=False))
-    all_axes = figure.subplots(1, len(groups), sharey=True)
-    for axes, (label, runs) in zip(all_axes, groups):
-        for metric, name in (("rewards/model", "the reward model's score, in training"),
-                             ("eval/accuracy", "true accuracy, held out, sampled")):
-            points = runs.dropna(subset=[metric])
-            points = points.assign(step=(points.step / 10).round() * 10).groupby("step")[metric]
-            line, = axes.plot(points.mean(), linewidth=2, label=name)
-            axes.fill_between(points.min().index, points.min(), points.max(),
-                              color=line.get_color(), alpha=0.15, linewidth=0)
-        title = label.removeprefix("gspo").strip() or "the default: model and verifier"
-        axes.set_title(title, fontsize=9.5)
-        axes.set_xlabel("step", fontsize=9)
-        axes.set_ylim(0, 1)
-        axes.grid(alpha=0.25)
-    all_axes[0].legend(fontsize=9, frameon=False, loc="lower left", bbox_to_anchor=(0, 0.05))
-    figure.savefig(file, dpi=110)
+def owners():
+    """Where each run has its row: in the file of the first experiment that has it."""
+    found = {}
+    for name in EXPERIMENTS:
+        for job in jobs_of(name):
+            found.setdefault(job_key(job), name)
+    return found
 
 
-def dose_of(label):
-    """Whether a run of self_play uses its rounds as shipped, more often, or as the source does."""
-    return "over-use" if " ".join(OVERUSE) in label else "source" if " ".join(SOURCE) in label \
-        else "as shipped"
+# ========================================== Making rows =========================================
 
 
-def form_of(label):
-    """What a run of self_play is called in a figure: the form of its loss, and beta."""
-    given = dict(setting.split("=", 1) for setting in label.split()[1:])
-    form, beta = given.get("PREFERENCE_LOSS", "dpo"), given.get("PREFERENCE_BETA", "0.5")
-    return f"{form.replace('_', ' ')}, β {beta}"
-
-
-def draw_preferences(table, file):
-    """The forms of the loss and beta by round: above as shipped, below with over-used rounds."""
-    columns = (("held-out accuracy, sampled", "eval/accuracy"),
-               ("held-out accuracy, greedy", "eval/accuracy_greedy"),
-               ("KL to the start, nats per answer", "kl_divergence"),
-               ("log-prob of watched chosen answers", "watched/chosen_logp"),
-               ("share of watched pairs in order", "watched/preference_accuracy"))
-    figure = Figure(figsize=(19, 7.2), layout="constrained")
-    doses = {"as shipped": "2 passes over a round at 1e-4, 12 rounds",
-             "over-use": "8 passes over a round at 3e-4, 4 rounds"}
-    for part, (dose, title) in zip(figure.subfigures(2, 1), doses.items()):
-        part.suptitle(title, fontsize=11)
-        some = table[table["algorithm"].map(dose_of) == dose]
-        some = some.assign(algorithm=some["algorithm"].map(form_of))
-        for axes, (name, metric) in zip(part.subplots(1, len(columns)), columns):
-            rows = some if metric.startswith("eval/") else some[some.step > 0]
-            grid(axes, rows, metric)
-            axes.set_title(name, fontsize=10)
-            axes.set_xlabel("round", fontsize=9)
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            if metric.startswith("eval/"):
-                axes.set_ylim(0, 1)
-            if metric == "kl_divergence":
-                axes.axhline(3, color="grey", linestyle="--", linewidth=0.9)
-                axes.set_yscale("symlog", linthresh=3)
-                axes.yaxis.set_major_formatter("{x:g}")
-                axes.set_ylim(0, None)
-    figure.subfigs[1].axes[0].legend(fontsize=7.5, frameon=False, loc="upper right", ncol=2)
-    figure.savefig(file, dpi=100)
-
-
-def grid(axes, table, metric):
-    """Mean over seeds and their range, at the steps that were measured: nothing smoothed."""
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    for label, runs in table.dropna(subset=[metric]).groupby("algorithm", sort=False):
-        points = runs.groupby("step")[metric]
-        style = "--" if label.startswith("reference") else ":" if label.startswith("len") else "-"
-        line, = axes.plot(points.mean(), linewidth=1.8, linestyle=style, label=label)
-        axes.fill_between(points.min().index, points.min(), points.max(), color=line.get_color(),
-                          alpha=0.12, linewidth=0)
-
-
-@torch.no_grad()
 def final_kl(folder):
-    """KL(policy || start) of a run's last checkpoint, nats per answer: one answer sampled to each
-    held-out question, and scored by both."""
-    script = import_file(ROOT / "RL_HAND" / "self_play" / "self_play.py")
+    """KL(policy || start) of a run's last checkpoint, nats per answer and per token: one answer
+    sampled to each held-out question, and scored by both. None if no checkpoint has weights."""
+    checkpoints = sorted(folder.glob("[!.]*/model.safetensors"), key=os.path.getmtime)
+    if not checkpoints:
+        return {}
+    script = results.import_file(ROOT / "RL_HAND" / "self_play" / "self_play.py")
     script.configure(["PROFILE=embedded", "DEVICE=cpu"])
-    torch.set_num_threads(script.THREADS)
+    script.torch.set_num_threads(script.THREADS)
     script.transformers.utils.logging.disable_progress_bar()
-    last = max(Path(folder).glob("[!.]*/model.safetensors"), key=os.path.getmtime).parent
-    policy, start = script.load_policy(last), script.load_policy(ROOT / "data" / "policy")
-    tokenizer = script.AutoTokenizer.from_pretrained(last)
-    rows = script.load_rows("eval_datasets", tokenizer)
-    torch.manual_seed(0)
+    policy = script.load_policy(checkpoints[-1].parent)
+    start = script.load_policy(ROOT / "data" / "policy")
+    tokenizer = script.AutoTokenizer.from_pretrained(ROOT / "data" / "policy")
+    with contextlib.redirect_stdout(None):
+        rows = script.load_rows("eval_datasets", tokenizer)
+    script.torch.manual_seed(0)
     batch = script.sample_groups(policy, tokenizer, rows, 1)
     gap = (batch.sampled_logps - script.score_without_grad(start, batch)) * batch.completion_mask
-    return float(gap.sum(1).mean())
+    return {"final KL per answer": float(gap.sum(1).mean()),
+            "final KL per token": float(gap.sum() / batch.completion_mask.sum())}
 
 
-def preference_details(compare, table):
-    """What became of self-play's runs: one row for each form of the loss, beta and dose."""
-    rows = []
-    for label, runs in table.groupby("algorithm", sort=False):
-        runs = [run for _, run in runs.groupby("folder")]
-
-        def over(metric, place=-1, digits=2):
-            values = [run[metric].dropna() for run in runs if metric in run]
-            return compare.mean_and_error([float(v.iloc[place]) for v in values if len(v)], digits)
-
-        rest = [setting for setting in label.split()[1:]
-                if setting not in (*OVERUSE, *SOURCE) and not setting.startswith("PREFERENCE_")]
-        rows.append({
-            "run": " ".join([form_of(label), *rest]) if label.startswith("self_play") else label,
-            "rounds used": dose_of(label),
-            "runs": len(runs), "sampled": over("eval/accuracy", digits=3),
-            "best sampled": compare.mean_and_error([run["eval/accuracy"].max() for run in runs]),
-            "greedy": over("eval/accuracy_greedy", digits=3),
-            "KL per answer, end": compare.mean_and_error(
-                [final_kl(run["folder"].iloc[0]) for run in runs], 2),
-            "chosen, rejected log-prob": f"{over('watched/chosen_logp')}, "
-                                         f"{over('watched/rejected_logp')}",
-            "watched pairs in order": over("watched/preference_accuracy", digits=3),
-            "by the gain": over("watched/implicit_accuracy", digits=3),
-            "entropy": over("entropy", digits=3), "length": over("eval/mean_length", digits=1),
-            "seconds": compare.mean_and_error([run["seconds"].iloc[-1] for run in runs], 0),
-        })
-    start = table[table.step == 1].groupby("folder").first()
-    return compare.markdown(pd.DataFrame(rows)) + (
-        f"\n\nbefore: watched pairs in order {start['watched/preference_accuracy'].mean():.3f}, "
-        f"chosen {start['watched/chosen_logp'].mean():.2f}, rejected "
-        f"{start['watched/rejected_logp'].mean():.2f}")
+def game(folder):
+    """What the thinned curves of a run of gad.py do not tell to the step: by stage."""
+    table = pd.read_csv(folder / "metrics.csv")
+    found, warmup, played = {}, table[table.stage == 2].tail(10), table[table.stage == 3]
+    for stage in (1, 2, 3):
+        part = table[table.stage <= stage].dropna(subset=["eval/accuracy"])
+        found[f"step after stage {stage}"] = part.step.iloc[-1]
+        found[f"seconds of stage {stage}"] = table[table.stage == stage].step_time.sum()
+    if len(played):
+        found |= {"largest gap": played.score_gap.max(),
+                  "best of the game": played["eval/accuracy"].max()}
+        for name in ("d_rank", "d_grad_norm", "frac_no_signal", "matches_teacher", "kl", "d_spread",
+                     "completions/mean_length"):
+            found |= {f"{name}, first 10 of the game": played.head(10)[name].mean(),
+                      f"{name}, last 10 of the game": played.tail(10)[name].mean()}
+    return found | {"d_acc, last 10 of the warm-up": warmup.d_acc.mean()} if len(warmup) else found
 
 
 def make_gad_data():
     """Two more teachers. A careless one, whose answers are worked out as well, but with one digit
     in ten wrong wherever it stands: 0.76 of them come out right. And one who has answered only the
     first 64 questions, with those questions alone or with all."""
-    build = import_file(ROOT / "data" / "build.py")
+    build = results.import_file(ROOT / "data" / "build.py")
     table = pd.read_parquet(ROOT / "data" / "train.parquet",
                             columns=["question", "answer", "teacher_response"])
-    folder, rng = RUNS / "data", random.Random("careless")
+    folder, rng = ROOT / results.MADE, random.Random("careless")
     folder.mkdir(parents=True, exist_ok=True)
     table.head(64).to_parquet(folder / "few.parquet")
     texts = table["teacher_response"].where(table.index < 64, "")
@@ -302,171 +278,196 @@ def make_gad_data():
     table.assign(teacher_response=answers).to_parquet(folder / "careless.parquet")
 
 
-def draw_clock(compare, table, file):
-    """Held-out accuracy over the seconds of training, and over the steps what the game is about."""
-    figure = Figure(figsize=(16, 4.2), layout="constrained")
-    for axes, (title, metric, x) in zip(figure.subplots(1, 4), (
-            ("held-out accuracy, sampled", "eval/accuracy", "seconds"),
-            ("held-out accuracy, greedy", "eval/accuracy_greedy", "seconds"),
-            ("D ranks a right answer above a wrong one", "d_rank", "step"),
-            ("answers that are the teacher's very text", "matches_teacher", "step"))):
-        compare.curves(axes, table, x, metric)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel({"seconds": "seconds of training", "step": "step"}[x], fontsize=9)
-        axes.set_ylim(0, 1)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=9, frameon=False,
-                  loc="outside lower center", ncols=3)
-    figure.savefig(file, dpi=110)
+def end_of(folder):
+    """How a run ended: "" with its last step; "not finite" where its gradients were; None: not."""
+    log = folder.with_name(f"{folder.name}.log")
+    if (folder / "finished").exists():
+        return ""
+    said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    return "not finite" if "expected finite gradients" in said else None
 
 
-def draw_games(compare, table, file):
-    """A column per variant: accuracy, scores, what D sees, and how much it still learns."""
-    groups = list(table.groupby("algorithm", sort=False))
-    rows = [("accuracy and length", {"eval/accuracy": "held out, sampled",
-                                     "eval/accuracy_greedy": "held out, greedy",
-                                     "length / 60": "length / 60 tokens"}),
-            ("D's scores", {"teacher_score": "teacher", "student_score": "student",
-                            "score_gap": "gap"}),
-            ("what D knows", {"d_acc": "d_acc", "d_rank": "d_rank",
-                              "frac_no_signal": "groups of equal scores"}),
-            ("what D learns", {"d_loss": "d_loss", "d_grad_norm": "gradient norm",
-                               "d_spread": "spread in a group"})]
-    figure = Figure(figsize=(4 * len(groups), 10), layout="constrained")
-    grid = figure.subplots(len(rows), len(groups), sharey="row", sharex="col")
-    for column, (label, runs) in enumerate(groups):
-        runs = runs.assign(**{"length / 60": runs["completions/mean_length"] / 60})
-        for line, (title, curves) in zip(grid, rows):
-            axes = line[column]
-            for metric, name in curves.items():
-                points = runs.dropna(subset=[metric]).groupby("step")[metric]
-                mean = points.mean()
-                if not metric.startswith("eval/"):
-                    mean = mean.rolling(3, 1, center=True).mean()
-                drawn, = axes.plot(mean, linewidth=1.8, label=name)
-                axes.fill_between(mean.index, points.min(), points.max(), alpha=0.12, linewidth=0,
-                                  color=drawn.get_color())
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
-            if column == 0:
-                axes.set_ylabel(title, fontsize=11)
-                axes.legend(fontsize=8, frameon=False)
-        grid[0][column].set_title(label, fontsize=12)
-        grid[-1][column].set_xlabel("step")
-    figure.savefig(file, dpi=90)
+def harvest(folders, say=print):
+    """Keep the rows of the finished runs among the folders, unless they are known."""
+    owner, known, new = owners(), results.all_rows(), []  # a run -> its file; its row
+    for folder in folders:
+        end, found = end_of(folder), results.key_in(folder)
+        if end is None or found not in owner or found in known and not results.stale(known[found]):
+            continue
+        row = results.row_of(folder, FEWER.get(owner[found], 25), end)
+        more = {**(game(folder) if found[0] == "gad" else {}),
+                **(final_kl(folder) if found[0] == "self_play" or owner[found] in FEWER else {})}
+        new.append(row | {name: results.number(value, 4) for name, value in more.items()})
+    count = results.keep(new, owner, RUNS)
+    if count:
+        say(f"{count} new rows in benchmarks/results/")
+    return count
 
 
-def game_details(compare, table):
-    """What the comparison's own table lacks of GAD's runs, a row per variant."""
-    rows = []
-    for label, runs in table.groupby("algorithm", sort=False):
-        runs = [run for _, run in runs.groupby("folder")]
-        game = [run[run.stage == 3] for run in runs]
-
-        def over(pieces, metric, how="mean"):
-            values = [getattr(piece[metric].dropna(), how)() for piece in pieces if len(piece)]
-            return compare.mean_and_error([float(v) for v in values])
-
-        def at_end(stage, metric):
-            ends = [run[run.stage <= stage][metric].dropna() for run in runs]
-            return compare.mean_and_error([float(end.iloc[-1]) for end in ends if len(end)])
-
-        rows.append({
-            "run": label, "sampled after SeqKD": at_end(1, "eval/accuracy"),
-            "greedy after SeqKD": at_end(1, "eval/accuracy_greedy"),
-            "seconds of stages 1 / 2 / 3": " / ".join(
-                f"{sum(run[run.stage == stage].step_time.sum() for run in runs) / len(runs):.0f}"
-                for stage in (1, 2, 3)),
-            "best sampled": over(game, "eval/accuracy", "max"),
-            "sampled at the end": at_end(3, "eval/accuracy"),
-            "greedy at the end": at_end(3, "eval/accuracy_greedy"),
-            "d_acc, last 10 of warm-up": over([r[r.stage == 2].tail(10) for r in runs], "d_acc"),
-            "d_rank, first / last 10": f"{over([g.head(10) for g in game], 'd_rank')} / "
-                                       f"{over([g.tail(10) for g in game], 'd_rank')}",
-            "largest gap": over(game, "score_gap", "max"),
-            "D's gradient norm, last 10": over([g.tail(10) for g in game], "d_grad_norm"),
-            "groups of equal scores, last 10": over([g.tail(10) for g in game], "frac_no_signal"),
-            "the teacher's text, last 10": over([g.tail(10) for g in game], "matches_teacher"),
-            "length, last 10": over([g.tail(10) for g in game], "completions/mean_length"),
-            "KL, last 10": over([g.tail(10) for g in game], "kl"),
-        })
-    return compare.markdown(pd.DataFrame(rows))
+def missing(jobs):
+    """Those of the jobs that have no row of today's script and data."""
+    rows = results.all_rows()
+    return [job for job in jobs
+            if job_key(job) not in rows or results.stale(rows[job_key(job)])]
 
 
-def details(compare, table):
-    """What the comparison's own table lacks: best accuracy, KL, clipping, length, reward model."""
-    rows = []
-    for label, runs in table.groupby("algorithm", sort=False):
-        runs = [run for _, run in runs.groupby("folder")]
-        trained = [run[run.step > 0] for run in runs]
-        start, end = [t.head(20) for t in trained], [t.tail(20) for t in trained]
-
-        def over(pieces, metric, how="mean", digits=3):
-            values = [float(getattr(piece[metric].dropna(), how)()) for piece in pieces]
-            return compare.mean_and_error(values, digits)
-
-        rows.append({
-            "run": label, "best sampled": over(runs, "eval/accuracy", "max"),
-            "tokens cut, first 20 steps": over(start, "clip_ratio/region_mean", digits=5),
-            "tokens cut, last 20": over(end, "clip_ratio/region_mean", digits=5),
-            "KL, last 20": over(end, "kl") if "kl" in table else "-",
-            "length, last 20": over(end, "completions/mean_length"),
-            "reward model, first 20": over(start, "rewards/model"),
-            "reward model, last 20": over(end, "rewards/model"),
-            "entropy, last 20": over(end, "entropy"),
-            "groups without spread, last 20": over(end, "frac_reward_zero_std"),
-        })
-    return compare.markdown(pd.DataFrame(rows))
-
-
-def make(compare, chosen, lock):
-    """Run, draw, print; whether a run failed."""
-    failures = []
-    for name in chosen:
-        print(f"\n## {name}\n", flush=True)
-        if name in GAD:
+def make(names, only=lambda job: True, workers=0):
+    """Run what is missing of the experiments; the lines of what failed."""
+    compare = results.import_file(ROOT / "RL_HAND" / "compare.py")
+    with compare.claimed(RUNS) as lock:
+        harvest(sorted(RUNS.glob("*_seed*")))
+        jobs = {job[1]: job for name in names for job in jobs_of(name) if only(job)}
+        wanted = missing(jobs.values())
+        if any(job[0] == "gad" for job in wanted):
             make_gad_data()
-        folders, failed = compare.run_all({"WORKERS": 0}, jobs_of(name), lock)
-        failures += failed
-        table = pd.concat([compare.read_run(folder) for folder in folders])
-        table["algorithm"] = table["algorithm"].str.replace(" PROFILE=embedded", "")
-        images = FIGURES.get(name, ROOT / "RL_HAND" / "gspo" / "images")
-        images.mkdir(parents=True, exist_ok=True)
-        file = images / f"{'comparison' if name == 'family' else name}.png"
-        if name == "family":
-            compare.draw(table, file)
-        elif name == "hacking":
-            draw_hacking(table, file)
-        elif name == "preferences":
-            draw_preferences(table, file)
-        elif name == "variations":
-            pass  # a table says it
-        elif name in GAD:
-            names = {" ".join(["gad", *constants]): label
-                     for label, constants in GAD[name].items()}
-            table["algorithm"] = table["algorithm"].replace(names)
-            table.to_csv(RUNS / f"{name}.csv", index=False)
-            draw_game = draw_games if name in ("gad_collapses", "gad_remedies") else draw_clock
-            draw_game(compare, table, file)
-            print(game_details(compare, table), end="\n\n")
-        else:
-            draw(compare, table, PANELS.get(name, [("KL to the start", "kl", False)]), file)
-        own = details
-        if "watched/chosen_logp" in table:
-            own = preference_details
-        print(compare.markdown(compare.summarise(table, 0.8)), own(compare, table),
-              "\n".join(f"- {line}" for line in compare.noise(table)), sep="\n\n", flush=True)
+        for _, folder, _ in wanted:  # what is finished there is not today's
+            (folder / "finished").unlink(missing_ok=True)
+        print(f"{len(wanted)} of {len(jobs)} runs to be made", flush=True)
+        return compare.run_all({"WORKERS": workers}, wanted, lock,
+                               lambda folder, failure: harvest([folder], lambda line: None))[1]
+
+
+# ========================================== Commands ============================================
+
+
+def take(rows, jobs):
+    """Seconds of work that the jobs are, by the rows of such runs; else by a step of their script,
+    or of any."""
+    def seconds(row):
+        return float(row["seconds"]) + float(row["seconds of evaluations"])
+    total = 0.0
+    for job in jobs:
+        steps = int(next((word[10:] for word in job[2] if word.startswith("MAX_STEPS=")), 100))
+        like = [seconds(row) for k, row in rows.items() if k[:2] == job_key(job)[:2]] or [
+            steps * seconds(row) / int(row["steps"]) for row in rows.values()
+            if row["script"] in (job[0], "grpo")]
+        total += 4 + sum(like) / max(1, len(like))  # 4: to start
+    return total
+
+
+def show_list():
+    """What is done, stale and missing of each experiment, and the minutes that all and the missing
+    take, of one core. A run that several experiments have is counted in each."""
+    rows, table = results.all_rows(), []
+    for name in EXPERIMENTS:
+        jobs = jobs_of(name)
+        old = [job for job in jobs if job_key(job) in rows and results.stale(rows[job_key(job)])]
+        none = [job for job in jobs if job_key(job) not in rows]
+        unwritten = sorted({run.script for run in EXPERIMENTS[name] if not source_of(run.script)})
+        table.append({"experiment": name, "runs": len(jobs),
+                      "done": len(jobs) - len(old) - len(none), "stale": len(old),
+                      "missing": len(none), "minutes in all": f"{take(rows, jobs) / 60:.0f}",
+                      "minutes to do": f"{take(rows, old + none) / 60:.0f}",
+                      "": f"no script {', '.join(unwritten)}" if unwritten else ""})
+    print(pd.DataFrame(table).to_string(index=False))
+
+
+def show_stale():
+    """The rows that are not of today's script and data; the pages that show them."""
+    pages = results.import_file(ROOT / "benchmarks" / "pages.py")
+    for name, (experiments, _) in pages.TABLES.items():
+        old = [row for k, row in results.all_rows().items() if results.stale(row)
+               and k in {job_key(job) for each in experiments for job in jobs_of(each)}]
+        if old:
+            print(f"\ntable {name!r} of {', '.join(pages.shown_in(name)) or 'no page'}:")
+        for row in old:
+            print(f"  {row['script']} {row['constants']} seed {row['seed']}: another "
+                  f"{results.stale(row)} than at commit {row['commit'][:7]}")
+
+
+PROBE = ["MAX_STEPS=3", "EVAL_QUESTIONS=16", "EVAL_EVERY=2"]  # three steps
+PROBES = {"self_play": ["SELF_PLAY_ROUNDS=3", "TRAIN_BATCH_SIZE=16", *PROBE[1:]],
+          "gad": ["SEQKD_STEPS=1", "CRITIC_WARMUP=1", *PROBE]}
+
+
+def probe(source, script, words, folder):
+    """metrics.csv of a script's text after three steps, as texts, without what a clock measures."""
+    folder.mkdir(parents=True)
+    path = folder / f"{script}.py"
+    path.write_text(source, encoding="utf-8")
+    words = [*words, *PROBES.get(script, PROBE), "PROFILE=embedded", "SEED=0"]
+    done = subprocess.run([sys.executable, str(path), f"OUTPUT_DIR={folder / 'run'}", *words],
+                          cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: {script} {' '.join(words)}: {done.stderr.strip()[-300:]}")
+    table = pd.read_csv(folder / "run" / "metrics.csv", dtype=str)
+    return table.drop(columns=[name for name in table if "time" in name or "memory" in name])
+
+
+def show_equal(script, folder=None):
+    """Whether the script as the rows have it and as it is today give the same bits: three steps
+    with the constants of each of its stale rows. If all do, equal.csv says so. The older text comes
+    from git, by the rows' commit, or from the runs in a folder."""
+    today = source_of(script)
+    if today is None:
+        raise SystemExit(f"error: no script {script!r}")
+    rows = [row for row in results.all_rows().values() if row["script"] == script
+            and not results.same_code(script, row["code"], results.code_of(today))]
+    found = [results.facts_of(run)[1] for run in Path(folder).glob("*") if results.facts_of(run)
+             ] if folder else []
+    for code in sorted({row["code"] for row in rows}):
+        some = [row for row in rows if row["code"] == code]
+        commits = sorted({row["commit"] for row in some})
+        texts = [*found, *(subprocess.run(
+            ["git", "show", f"{commit}:RL_HAND/{script}/{script}.py"], cwd=ROOT,
+            capture_output=True, text=True, encoding="utf-8").stdout for commit in commits)]
+        before = next((text for text in texts if text and results.code_of(text) == code), None)
+        if before is None:
+            raise SystemExit(f"error: no text with the code {code} at {', '.join(commits)}; "
+                             "expected it there, or a folder of runs behind the script's name")
+        if script == "gad":
+            make_gad_data()
+        for constants in sorted({row["constants"] for row in some}):
+            words = constants.split("; ") if constants else []
+            place = RUNS / "probe"
+            shutil.rmtree(place, ignore_errors=True)
+            one, other = (probe(text, script, words, place / name)
+                          for text, name in ((before, "before"), (today, "today")))
+            lost = [name for name in one if name not in other or not one[name].equals(other[name])]
+            print(f"{script} {constants or '(defaults)'}: "
+                  + (f"other numbers in {', '.join(lost)}" if lost else "the same bits"), flush=True)
+            if lost:
+                return True
+        head = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT,
+                              capture_output=True, text=True).stdout.strip()
+        results.write(results.RESULTS / "equal.csv", [
+            *results.read(results.RESULTS / "equal.csv"),
+            {"script": script, "code_old": code, "code_new": results.code_of(today),
+             "command": f"python benchmarks/experiments.py equal {script}",
+             "shown_by": f"metrics.csv of 3 steps, {len({r['constants'] for r in some})} sets of "
+                         "constants", "commit": head}])
+    print(f"no row of {script} is of another code" if not rows else "written to equal.csv")
+    return False
+
+
+def main(arguments):
+    """The commands above; whether one failed."""
+    names = [word for word in arguments if not word.startswith("WORKERS=")]
+    workers = int(next((word[8:] for word in arguments if word.startswith("WORKERS=")), 0))
+    command, *rest = names or ["all"]
+    if command == "list":
+        return show_list()
+    if command == "stale":
+        return show_stale()
+    if command == "rows":
+        return print(harvest([folder for place in rest or [RUNS]
+                              for folder in sorted(Path(place).glob("*_seed*"))]), "rows")
+    if command == "equal" and rest:
+        return show_equal(*rest)
+    only, drawn = (lambda job: True), names or [*EXPERIMENTS]
+    if command == "quick":
+        drawn = QUICK
+        only = lambda job: "SEED=0" in job[2] and (job[0] != "moe")  # noqa: E731
+    elif command == "figures":
+        drawn = rest or [*EXPERIMENTS]
+    for name in drawn:
+        if name not in EXPERIMENTS:
+            raise SystemExit(f"error: no experiment {name!r}; expected some of "
+                             f"{', '.join(EXPERIMENTS)}; or list, stale, rows, equal, quick")
+    failures = make(drawn, only, workers) if command != "figures" else []
+    results.import_file(ROOT / "benchmarks" / "figures.py").draw(drawn)
     print("\n".join(failures))
     return bool(failures)
-
-
-def main(chosen):
-    """Make the chosen experiments, or all."""
-    compare = import_file(ROOT / "RL_HAND" / "compare.py")
-    for name in chosen:
-        if name not in EXPERIMENTS:
-            compare.fail(f"no experiment {name!r}; expected some of {', '.join(EXPERIMENTS)}")
-    with compare.claimed(RUNS) as lock:
-        return make(compare, chosen or list(EXPERIMENTS), lock)
 
 
 if __name__ == "__main__":

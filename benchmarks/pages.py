@@ -1,0 +1,490 @@
+"""The tables that the pages show of the rows in results/; tools/tables.py puts them there.
+
+Between <!-- results NAME --> and <!-- end --> stands the table NAME of TABLES; words behind the
+name choose columns (`<!-- results family grpo gspo -->`). Each ends in a line that says what runs
+it is of, and whether one of them is stale: not of today's script or data.
+
+    python benchmarks/pages.py             # print every table that has rows
+    python benchmarks/pages.py clip kl     # only these
+"""
+
+import re
+import sys
+from itertools import pairwise
+
+import experiments
+import numpy as np
+import results
+from results import ROOT, curve, fifth, key_of
+
+TARGET = 0.8  # the held-out accuracy to which steps and tokens are counted
+CHINESE = {  # of what tables say
+    "runs": "运行次数", "stale": "过期", "before": "训练前", "after": "训练后", "not run": "没有运行",
+    "sampled accuracy, before": "采样准确率，训练前", "sampled accuracy, after": "采样准确率，训练后",
+    "greedy accuracy, before": "贪心准确率，训练前", "greedy accuracy, after": "贪心准确率，训练后",
+    "steps to 0.8 sampled": "到采样 0.8 的步数", "completion tokens to 0.8": "到 0.8 的回答 token 数",
+    "tokens in all": "总 token 数", "tokens cut, first fifth": "被裁剪的 token，前五分之一",
+    "tokens cut, last fifth": "被裁剪的 token，后五分之一",
+    "KL, last fifth, nats per token": "KL，后五分之一，每个 token 多少 nat",
+    "seconds of a step, GRPO's = 1": "每步的秒数，GRPO 为 1",
+    "within noise": "在噪声之内", "more than noise": "超出噪声", "one run only": "只有一次运行",
+    "after 100 steps": "100 步之后", "sampled accuracy": "采样准确率", "greedy accuracy": "贪心准确率",
+    "tokens cut by the clip": "被裁剪的 token", "(first 20 steps)": "（前 20 步）",
+    "(last 20)": "（后 20 步）", "KL to the start, nats per token": "对起始策略的 KL，每个 token 多少 nat",
+    "length, tokens": "长度，token", "groups without spread": "没有差别的组",
+    "sampled after": "训练后采样", "greedy after": "训练后贪心", "steps to 0.8": "到 0.8 的步数",
+    "tokens cut, first / last 20 steps": "被裁剪的 token，前 / 后 20 步",
+    "best sampled": "最好的采样", "KL, last 20 steps": "KL，后 20 步",
+    "sampled, best": "采样，最好", "sampled, end": "采样，最后", "greedy, end": "贪心，最后",
+    "0.1 (embedded default)": "0.1（embedded 默认）",
+    "1e-4 (embedded default)": "1e-4（embedded 默认）",
+    "learning rate × updates per rollout": "学习率 × 每次采样的更新次数",
+    "failed": "失败", "failed runs, of all": "失败的运行，占全部",
+    "KL at the end, nats per token, at 4e-4 × 4": "最后的 KL，每个 token 多少 nat，4e-4 × 4",
+    "KL at the end, nats per token, at 4e-4 × 16": "最后的 KL，每个 token 多少 nat，4e-4 × 16",
+    "best": "最好", "at step 25": "第 25 步", "at step 80": "第 80 步",
+}
+
+
+def said(text, language):
+    """A text of a table in the page's language; names and numbers have no translation."""
+    return CHINESE.get(text, text) if language == "zh" else text
+
+
+def groups(name, rows=None):
+    """An experiment's runs that have rows: (Run, its rows by seed)."""
+    rows = results.all_rows() if rows is None else rows
+    found = []
+    for run in experiments.EXPERIMENTS[name]:
+        keys = (key_of(run.script, run.constants, seed) for seed in run.seeds)
+        if some := [rows[key] for key in keys if key in rows]:
+            found.append((run, some))
+    return found
+
+
+def mean(values, digits=3):
+    """'0.912 ± 0.004': mean and standard error; '-' of nothing."""
+    values = [value for value in values if np.isfinite(value)]
+    if not values:
+        return "-"
+    digits = digits if abs(np.mean(values)) < 10 else 0
+    text = f"{np.mean(values):,.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1) / len(values) ** 0.5:,.{digits}f}"
+    return text
+
+
+def over(rows, what, digits=3):
+    """The mean and error of a number of each row: of what a function gives."""
+    return mean([what(row) for row in rows], digits)
+
+
+def plain_mean(rows, what, digits):
+    """The mean alone."""
+    return mean([what(row) for row in rows], digits).split(" ±")[0]
+
+
+def sampled(row, place=-1):
+    """Held-out accuracy, sampled: at the end, or at another evaluation."""
+    return curve(row, "eval/accuracy")[place]
+
+
+def greedy(row, place=-1):
+    """Held-out accuracy, greedy."""
+    return curve(row, "eval/accuracy_greedy")[place]
+
+
+def best(row):
+    """The best sampled accuracy of all evaluations."""
+    return curve(row, "eval/accuracy").max()
+
+
+def reached(row, column):
+    """Where a column stood when the sampled accuracy first reached TARGET, between evaluations."""
+    accuracy, place = curve(row, "eval/accuracy"), curve(row, column)
+    for i, (low, high) in enumerate(pairwise(accuracy)):
+        if low < TARGET <= high:
+            return place[i] + (TARGET - low) / (high - low) * (place[i + 1] - place[i])
+    return np.nan
+
+
+def failed(row):
+    """Whether a run ended worse than it began, by the sampled held-out accuracy, or not at all."""
+    return row["end"] != "" or sampled(row) < sampled(row, 0)
+
+
+def markdown(header, rows):
+    """A table."""
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
+
+
+def note(rows, language):
+    """The line below a table: of what runs it is, and whether they are today's."""
+    def several(values):
+        found = sorted({value for value in values if value}, key=results.natural)
+        if len(found) > 2 and all(map(str.isdigit, found)) and len(found) == int(found[-1]) + 1:
+            return f"{found[0]}–{found[-1]}"
+        return ", ".join(found)
+    commits = several(row["commit"][:7] for row in rows)
+    seeds = several(row["seed"] for row in rows)
+    versions = "; ".join(f"{name} {several(row[name] for row in rows)}"
+                         for name in ("torch", "transformers"))
+    threads = several(row["threads"] for row in rows)
+    device = several(row["device"] for row in rows)
+    old = sorted({f"{row['script']} ({results.stale(row)})" for row in rows if results.stale(row)})
+    if language == "zh":
+        text = f"提交 {commits}；种子 {seeds}；{versions}；{device}，每次运行 {threads} 个线程。"
+        return f"*{text}*" + (f" **过期**：{', '.join(old)} 已经变了。" if old else "")
+    text = f"Commit {commits}; seeds {seeds}; {versions}; {device}, threads of a run: {threads}."
+    return f"*{text}*" + (f" **Stale**: of another {', '.join(old)} than today's." if old else "")
+
+
+# =========================================== Tables =============================================
+
+
+def family(found, language, *scripts):
+    """The algorithms side by side, a column each."""
+    found = {run.script: rows for run, rows in found}
+    scripts = [name for name in scripts or found if name in found]
+    grpo = [float(row[phase]) for row in found.get("grpo", []) for phase in results.PHASES]
+    of_grpo = sum(grpo) / max(1, len(found.get("grpo", [])))
+
+    def step(row):
+        return sum(float(row.get(phase, 0)) for phase in results.PHASES) / (of_grpo or np.nan)
+    lines = {
+        "runs": len,
+        "sampled accuracy, before": lambda rows: over(rows, lambda row: sampled(row, 0)),
+        "sampled accuracy, after": lambda rows: over(rows, sampled),
+        "greedy accuracy, before": lambda rows: over(rows, lambda row: greedy(row, 0)),
+        "greedy accuracy, after": lambda rows: over(rows, greedy),
+        "steps to 0.8 sampled": lambda rows: over(rows, lambda row: reached(row, "at step")),
+        "completion tokens to 0.8": lambda rows: over(rows, lambda r: reached(r, "at num_tokens")),
+        "tokens in all": lambda rows: over(rows, lambda row: curve(row, "at num_tokens")[-1]),
+        "tokens cut, first fifth": lambda rows: over(
+            rows, lambda row: fifth(row, "clip_ratio/region_mean", 0), 4),
+        "tokens cut, last fifth": lambda rows: over(
+            rows, lambda row: fifth(row, "clip_ratio/region_mean"), 4),
+        "KL, last fifth, nats per token": lambda rows: over(rows, lambda row: fifth(row, "kl")),
+        "seconds of a step, GRPO's = 1": lambda rows: plain_mean(rows, step, 1)}
+    return (markdown(["", *map(str.upper, scripts)],
+                     [[said(name, language), *(value(found[script]) for script in scripts)]
+                      for name, value in lines.items()]),
+            [row for script in scripts for row in found[script]])
+
+
+def differences(found, language, *scripts):
+    """Differences of the final sampled accuracy, and which exceed twice their standard error."""
+    found = {run.script: rows for run, rows in found}
+    names, lines = [name for name in scripts or found if name in found], []
+    for i, a in enumerate(names):
+        for b in names[i + 1:]:
+            one, other = (np.array([sampled(row) for row in found[name]]) for name in (a, b))
+            gap, verdict = one.mean() - other.mean(), "one run only"
+            if min(len(one), len(other)) > 1:
+                error = (one.var(ddof=1) / len(one) + other.var(ddof=1) / len(other)) ** 0.5
+                verdict = "within noise" if abs(gap) <= 2 * error else "more than noise"
+            colon, comma = ("：", "，") if language == "zh" else (": ", ", ")
+            text = f"- {a} - {b}{colon}{gap:+.3f}"
+            text += f" ± {error:.3f}" if verdict != "one run only" else ""
+            lines.append(f"{text}{comma}{said(verdict, language)}")
+    return "\n".join(lines), [row for name in names for row in found[name]]
+
+
+def default(found, language):
+    """What gspo.py does as it is."""
+    rows = found[0][1]
+    cut = "clip_ratio/region_mean"
+    return markdown(["", said("before", language), said("after 100 steps", language)], [
+        [said("sampled accuracy", language), over(rows, lambda row: sampled(row, 0)),
+         f"**{over(rows, sampled)}**"],
+        [said("greedy accuracy", language), over(rows, lambda row: greedy(row, 0)),
+         f"**{over(rows, greedy)}**"],
+        [said("tokens cut by the clip", language),
+         f"{over(rows, lambda row: fifth(row, cut, 0))} {said('(first 20 steps)', language)}",
+         f"{over(rows, lambda row: fifth(row, cut))} {said('(last 20)', language)}"],
+        [said("KL to the start, nats per token", language), 0,
+         over(rows, lambda row: fifth(row, "kl"))],
+        [said("length, tokens", language), *(
+            plain_mean(rows, lambda row: curve(row, "eval/mean_length")[at], 0)  # noqa: B023
+            for at in (0, -1))],
+        [said("groups without spread", language),
+         *(over(rows, lambda row: fifth(row, "frac_reward_zero_std", which), 2)  # noqa: B023
+           for which in (0, -1))]]), rows
+
+
+COLUMNS = {  # of tables with a run a line
+    "sampled after": lambda rows: over(rows, sampled),
+    "greedy after": lambda rows: over(rows, greedy),
+    "steps to 0.8": lambda rows: over(rows, lambda row: reached(row, "at step")),
+    "tokens cut, first / last 20 steps": lambda rows: " / ".join(
+        plain_mean(rows, lambda row: fifth(row, "clip_ratio/region_mean", which), 4)  # noqa: B023
+        for which in (0, -1)),
+    "best sampled": lambda rows: over(rows, best),
+    "KL, last 20 steps": lambda rows: over(rows, lambda row: fifth(row, "kl")),
+    "true accuracy, best": lambda rows: over(rows, best),
+    "true accuracy, end": lambda rows: over(rows, sampled),
+    "reward model's score, end": lambda rows: over(rows, lambda row: fifth(row, "rewards/model")),
+    "sampled": lambda rows: over(rows, sampled), "greedy": lambda rows: over(rows, greedy),
+    "best on the way": lambda rows: over(rows, best),
+    "KL per answer": lambda rows: over(rows, lambda row: float(row["final KL per answer"]), 2),
+    "chosen, rejected log-prob": lambda rows: ", ".join(
+        over(rows, lambda row: curve(row, f"watched/{name}_logp")[-1], 2)  # noqa: B023
+        for name in ("chosen", "rejected")),
+    "watched pairs in order": lambda rows: over(
+        rows, lambda row: curve(row, "watched/preference_accuracy")[-1]),
+    "by the gain": lambda rows: over(rows, lambda row: curve(row, "watched/implicit_accuracy")[-1]),
+    "entropy": lambda rows: over(rows, lambda row: curve(row, "entropy")[-1]),
+    "length": lambda rows: over(rows, lambda row: curve(row, "eval/mean_length")[-1], 1),
+}
+COLUMNS |= {"sampled, best": COLUMNS["best sampled"], "sampled, end": COLUMNS["sampled"],
+            "greedy, end": COLUMNS["greedy"]}
+
+
+def by_line(corner, *columns, which=lambda run: True):
+    """A table function: a line for each of an experiment's runs."""
+    def made(found, language):
+        chosen = [(run, rows) for run, rows in found if which(run)]
+        lines = [[said(run.label or run.script, language), *(COLUMNS[name](rows)
+                                                             for name in columns)]
+                 for run, rows in chosen]
+        return (markdown([said(name, language) for name in (corner, *columns)], lines),
+                [row for _, rows in chosen for row in rows])
+    return made
+
+
+def cells():
+    """The map's runs that have rows: {(label, rate, updates): rows}."""
+    found = {}
+    rows = results.all_rows()
+    for label in experiments.LOSSES:
+        for updates in experiments.UPDATES:
+            for rate in experiments.RATES:
+                made = experiments.on_the_map(label, rate, updates)
+                some = [rows[k] for seed in range(3) if made
+                        and (k := key_of(made[0], made[1], seed)) in rows]
+                if some:
+                    found[label, rate, updates] = some
+    return found
+
+
+def stability(found, language):
+    """The map in numbers: held-out accuracy at the end; of the runs, how many failed."""
+    known = cells()
+    places = [(rate, n) for n in experiments.UPDATES for rate in experiments.RATES]
+    lines = []
+    for label in experiments.LOSSES:
+        row = [label]
+        for rate, updates in places:
+            some = known.get((label, rate, updates), [])
+            bad = sum(map(failed, some))
+            text = mean([0.0 if each["end"] else sampled(each) for each in some], 2).split(" ±")[0]
+            row.append(f"{text} ({bad} {said('failed', language)})" if bad else text)
+        lines.append(row)
+    return (markdown([said("learning rate × updates per rollout", language),
+                      *(f"{rate} × {n}" for rate, n in places)], lines),
+            [row for rows in known.values() for row in rows])
+
+
+def failures(found, language):
+    """The share of the map's runs that failed, by loss, and how far the policy went."""
+    known, lines = cells(), []
+    for label in experiments.LOSSES:
+        some = [row for (name, *_), rows in known.items() if name == label for row in rows]
+        far = [mean([float(row.get("final KL per token", np.nan))
+                     for row in known.get((label, "4e-4", n), [])], 2).split(" ±")[0]
+               for n in (4, 16)]
+        if some:
+            lines.append([label, f"{sum(map(failed, some))} / {len(some)}", *far])
+    header = ["", "failed runs, of all", "KL at the end, nats per token, at 4e-4 × 4",
+              "KL at the end, nats per token, at 4e-4 × 16"]
+    return (markdown([said(text, language) for text in header], lines),
+            [row for rows in known.values() for row in rows])
+
+
+def corner(found, language):
+    """80 steps where most break: as after 25, and at the end."""
+    lines = []
+    for run, rows in found:
+        early = cells().get((run.label, "4e-4", 16), [])
+        lines.append([run.label, over(early, sampled, 2), over(rows, sampled, 2),
+                      over(rows, greedy, 2)])
+    header = ["4e-4 × 16", "at step 25", "at step 80", "greedy, end"]
+    return (markdown([said(text, language) for text in header], lines),
+            [row for _, rows in found for row in rows])
+
+
+def dose(*words):
+    """Whether a run has these constants, and of the other doses' none."""
+    others = {word for each in (experiments.OVERUSE, experiments.SOURCE) for word in each}
+    return lambda run: set(run.constants) & others == set(words)
+
+
+def self_play(found, language):
+    """self_play.py as it is: before, after, and each seed."""
+    rows = found[0][1]
+
+    def each(what):
+        return ", ".join(f"{what(row):.3f}" for row in rows)
+
+    def pair(place):
+        return ", ".join(over(rows, lambda row: curve(row, f"watched/{name}_logp")[place], 2)
+                         for name in ("chosen", "rejected"))  # noqa: B023
+    order = "watched/preference_accuracy"
+    return markdown(["", "before", "after 12 rounds", "each seed, after"], [
+        ["held-out accuracy, sampled at T = 1", over(rows, lambda row: sampled(row, 0)),
+         over(rows, sampled), each(sampled)],
+        ["held-out accuracy, greedy", over(rows, lambda row: greedy(row, 0)), over(rows, greedy),
+         each(greedy)],
+        ["KL to the start, nats per answer", 0, COLUMNS["KL per answer"](rows), ""],
+        ["log-prob of the watched pairs: chosen, rejected", pair(0), pair(-1), ""],
+        ["watched pairs in order", over(rows, lambda row: curve(row, order)[0]),
+         over(rows, lambda row: curve(row, order)[-1]), ""],
+        ["rounds to 0.8 sampled", "", over(rows, lambda row: reached(row, "at step"), 1), ""]]), rows
+
+
+def variations(found, language):
+    """Two constants of self_play.py, and gspo.py with its reward function."""
+    lines = [[f"{run.script} {' '.join(run.constants)}".replace("self_play", "").strip()
+              or "as shipped", *(", ".join(f"{what(row):.3f}" for row in rows)
+                                 for what in (sampled, greedy))] for run, rows in found]
+    return (markdown(["", "sampled, each seed", "greedy, each seed"], lines),
+            [row for _, rows in found for row in rows])
+
+
+# ---- GAD
+
+
+def at_step(row, name, step):
+    """A number of an evaluation at a step."""
+    return curve(row, name)[list(curve(row, "at step")).index(float(step))]
+
+
+def kept(rows, name, digits=3):
+    """Mean and error of a number that rows of gad.py have."""
+    return over(rows, lambda row: float(row.get(name, np.nan)), digits)
+
+
+def gad(found, language):
+    """GAD against its first stage alone."""
+    named = {run.label: rows for run, rows in found}
+    game, alone = named.get("GAD", []), named.get("SeqKD alone", [])
+    first = [*game, *alone]
+    lines = []
+    for text, name in (("sampled", "eval/accuracy"), ("greedy", "eval/accuracy_greedy")):
+        lines += [[f"GAD, {text}", over(first[:len(game)], lambda row: curve(row, name)[0]),
+                   over(game, lambda row: at_step(row, name, row["step after stage 1"])),
+                   over(game, lambda row: curve(row, name)[-1])],
+                  [f"**SeqKD alone**, {text}", over(alone, lambda row: curve(row, name)[0]), "",
+                   over(alone, lambda row: curve(row, name)[-1])]]
+    return markdown(["", "start", "after SeqKD, 15 steps", "after all 100 steps"], lines), first
+
+
+def gad_variations(found, language):
+    """One constant at a time."""
+    lines = [[f"`{' '.join(run.constants)}`" if run.constants else run.label, over(rows, sampled),
+              over(rows, greedy), " / ".join(kept(rows, f"d_rank, {part} 10 of the game", 2)
+                                             for part in ("first", "last"))]
+             for run, rows in found]
+    return (markdown(["after all 100 steps", "sampled", "greedy",
+                      "d_rank, first / last 10 of the game"], lines),
+            [row for _, rows in found for row in rows])
+
+
+def gad_collapses(found, language):
+    """A column for each collapse."""
+    def last(name, digits=2):
+        return lambda rows: kept(rows, f"{name}, last 10 of the game", digits)
+    lines = {
+        "sampled accuracy: best, end": lambda rows: f"{over(rows, best)}, {over(rows, sampled)}",
+        "greedy accuracy, end": lambda rows: over(rows, greedy),
+        "d_acc, last 10 steps of the warm-up": lambda rows: kept(rows,
+                                                                 "d_acc, last 10 of the warm-up"),
+        "largest gap": lambda rows: kept(rows, "largest gap", 1),
+        "d_rank, first / last 10 steps of the game": lambda rows: " / ".join(
+            kept(rows, f"d_rank, {part} 10 of the game", 2) for part in ("first", "last")),
+        "D's gradient norm, last 10": last("d_grad_norm", 3),
+        "groups of equal scores, last 10": last("frac_no_signal"),
+        "the teacher's text, last 10": last("matches_teacher"),
+        "length, last 10, tokens": last("completions/mean_length", 1)}
+    return (markdown(["", *(run.label for run, _ in found)],
+                     [[name, *(value(rows) for _, rows in found)] for name, value in lines.items()]),
+            [row for _, rows in found for row in rows])
+
+
+def gad_outcomes(found, language):
+    """Sampled and greedy accuracy at the end, and the best of the game: a line for each run."""
+    lines = [[run.label, over(rows, sampled), over(rows, greedy), over(rows, best),
+              row_steps(rows)] for run, rows in found]
+    return (markdown(["", "sampled, end", "greedy, end", "sampled, best", "steps"], lines),
+            [row for _, rows in found for row in rows])
+
+
+def row_steps(rows):
+    """The number of steps that runs took."""
+    return ", ".join(sorted({row["steps"] for row in rows}, key=int))
+
+
+FORMS = ["sampled", "best on the way", "greedy", "KL per answer", "chosen, rejected log-prob",
+         "watched pairs in order", "by the gain", "entropy", "length"]
+TABLES = {  # name -> experiments, function of their `groups`, the language and further words
+    "family": (["family"], family),
+    "differences": (["family"], differences),
+    "default": (["default"], default),
+    "stability": (["stability"], stability),
+    "failures": (["stability"], failures),
+    "corner": (["corner"], corner),
+    "hacking": (["hacking"], by_line("reward", "true accuracy, best", "true accuracy, end",
+                                     "greedy, end", "reward model's score, end")),
+    "clip": (["clip"], by_line("", "sampled after", "greedy after", "steps to 0.8",
+                               "tokens cut, first / last 20 steps")),
+    "kl": (["kl"], by_line("TARGET_KL", "sampled after", "greedy after", "best sampled",
+                           "KL, last 20 steps")),
+    "learning_rate": (["learning_rate"], by_line("LEARNING_RATE", "sampled, best", "sampled, end",
+                                                 "greedy, end", "KL, last 20 steps")),
+    "self_play": (["self_play"], self_play),
+    "preferences": (["preferences"], by_line("2 passes at 1e-4, 12 rounds", *FORMS, which=dose())),
+    "overuse": (["preferences"], by_line("8 passes at 3e-4, 4 rounds", *FORMS,
+                                         which=dose(*experiments.OVERUSE))),
+    "passes": (["passes"], by_line("15 passes at 1e-4, 3 rounds", *FORMS)),
+    "variations": (["variations"], variations),
+    "gad": (["gad"], gad),
+    "gad_variations": (["gad_variations"], gad_variations),
+    "gad_collapses": (["gad_collapses"], gad_collapses),
+    "gad_remedies": (["gad_remedies"], gad_collapses),
+    "gad_teachers": (["gad_teachers"], gad_outcomes),
+    "gad_few": (["gad_few"], gad_outcomes),
+}
+
+
+def table(name, language="en"):
+    """The text between the markers of a table; `name` with its further words."""
+    name, *words = name.split()
+    if name not in TABLES:
+        raise SystemExit(f"error: no table {name!r}; expected one of {', '.join(TABLES)}")
+    wanted, function = TABLES[name]
+    found = [pair for each in wanted for pair in groups(each)]
+    if not found:
+        return said("not run", language)
+    text, rows = function(found, language, *words)
+    return f"{text}\n\n{note(rows, language)}"
+
+
+def with_tables(text, language):
+    """A page's text with its tables made anew."""
+    return re.sub(r"(<!-- results ([\w ]+?) -->\n).*?(?=<!-- end -->)",
+                  lambda at: f"{at[1]}{table(at[2], language)}\n", text, flags=re.S)
+
+
+def shown_in(name):
+    """The pages that show a table."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "RL_HAND").rglob("*.md"), ROOT / "benchmarks/README.md"]
+    return [page.relative_to(ROOT).as_posix() for page in sorted(pages)
+            if re.search(rf"<!-- results {name}[ -]", page.read_text(encoding="utf-8"))]
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show stops nothing
+    for chosen in sys.argv[1:] or TABLES:
+        if (made := table(chosen)) != "not run":
+            print(f"\n## {chosen}\n\n{made}")
