@@ -46,7 +46,7 @@ def refused(compare, *arguments):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["grop"], ["'grop' is no script", "dapo, gad, grpo, gspo, ppo, self_play"]),
+    (["grop"], ["'grop' is no script", "dapo, gad, gmpo, grpo, gspo, "]),
     (["gspo", "compare"], ["'compare' is no script"]),
     (["gspo", "SEEDS=many"], ["SEEDS=many", "expected a int"]),
     (["gspo", "SEEDS=0"], ["SEEDS=1 or more"]),

@@ -20,7 +20,7 @@ from conftest import ROOT, import_file
 from safetensors.torch import load_file
 
 FOLDER = ROOT / "RL_HAND"
-NAMES = ["gspo", "grpo", "dapo", "ppo", "gad", "self_play"]
+NAMES = ["gspo", "grpo", "dapo", "ppo", "gad", "self_play", "reinforce", "gmpo", "cispo"]
 SCRIPTS = {name: FOLDER / name / f"{name}.py" for name in NAMES}
 OTHERS = NAMES[1:]
 SYNCED = SCRIPTS | {"reward_func": FOLDER / "self_play" / "reward_func.py"}
@@ -119,8 +119,8 @@ def test_what_is_shared_is_the_same(name):
     values = SYNC.OWN_VALUES.get(name, set())  # names to which the script gives other values
     assert {key for key, _, value in set(ours) ^ set(original)} == values and len(values) < 12
     own = {key for key, (group, _) in constants(SOURCES[name]).items() if group == "Algorithm"}
-    assert {"CLIP_RANGE", f"{name.upper()}_EPOCHS"} <= own or \
-        name == "self_play" and {"MARGIN", "TOTAL_EPOCHS"} <= own
+    assert {"self_play": {"MARGIN", "TOTAL_EPOCHS"}, "reinforce": {"BASELINE", "AGGREGATION"}}.get(
+        name, {"CLIP_RANGE", f"{name.upper()}_EPOCHS"}) <= own
 
 
 def test_headings_stand_in_one_order():
@@ -201,6 +201,8 @@ OWN_TEXTS = {  # what is a script's own, in both profiles: the Algorithm group, 
             ('"Value loss": "value_loss"', '"Value": "value_loss"')],
     "self_play": [("ROLLOUT_N = 8  # c", "ROLLOUT_N = 6  # C"),
                   ("SELF_PLAY_ROUNDS = Either(3, 12)", "SELF_PLAY_ROUNDS = Either(3, 13)")],
+    "reinforce": [("MINIBATCH = Either(8, 128)", "MINIBATCH = Either(8, 256)"),
+                  ("LEARNING_RATE = Either(1e-6, 4e-4)", "LEARNING_RATE = Either(1e-6, 3e-4)")],
     "gad": [('"teacher": "teacher_response"', '"teacher": "someone"')]}
 
 
@@ -309,6 +311,14 @@ REFUSED = {  # script -> arguments, one for each of its rules; and other scripts
                   "WATCH_QUESTIONS=-1", "TOTAL_EPOCHS=0", "SELF_PLAY_ROUNDS=0", "SAMPLE_AT_ONCE=0",
                   "ROLLOUT_N=6", "MICRO_BATCH=4", "USE_SEQUENCE_LEVEL_REWARD=False",
                   "GROUP_SIZE=4", "CLIP_RANGE=0.2"],
+    "reinforce": ["GROUP_SIZE=1", "MINIBATCH=64", "BATCH_SIZE=32", "BASELINE=critic",
+                  "AGGREGATION=token-mean", "USE_SEQUENCE_LEVEL_REWARD=False", "CLIP_RANGE=0.2",
+                  "KL_COEF=0.1"],
+    "gmpo": ["GROUP_SIZE=1", "GMPO_EPOCHS=0", "CLIP_RANGE=(0.4, 0.4, 0.4)", "CLIP_RANGE=(0.0, 0.4)",
+             "CLIP_RANGE=21.0", "ADVANTAGE_TYPE=std", "KL_COEF=-0.1", "AGGREGATION=token-mean",
+             "USE_SEQUENCE_LEVEL_REWARD=False"],
+    "cispo": ["GROUP_SIZE=1", "CISPO_EPOCHS=0", "CLIP_RANGE=(1.5, 0.2)", "CLIP_RANGE=(1.0, 1e999)",
+              "ADVANTAGE_TYPE=std", "TARGET_KL=-0.1", "AGGREGATION=token-mean"],
 }
 
 
@@ -339,7 +349,7 @@ def test_constants_that_cannot_work(name, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "self_play"])
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"self_play", "reinforce"}))
 def test_the_clip_range_is_a_number_or_a_pair(name):
     """Whichever of the two the script ships with."""
     module = fresh(name)
@@ -354,9 +364,11 @@ def test_the_clip_range_is_a_number_or_a_pair(name):
 SMALL = ["PROFILE=embedded", "DEVICE=cpu", "MAX_STEPS=2", "EVAL_QUESTIONS=8", "EVAL_EVERY=0",
          "BATCH_SIZE=4", "MINIBATCH=16", "SAVE_EVERY=1", "SHOW_SAMPLES=1"]
 OWN = {"ppo": ["CRITIC_WARMUP=1"], "self_play": ["WATCH_QUESTIONS=4"],
-       "gad": ["SEQKD_STEPS=0", "CRITIC_WARMUP=0", "ENTROPY_COEF=0.01"]}  # its stages: test_gad.py
+       "gad": ["SEQKD_STEPS=0", "CRITIC_WARMUP=0", "ENTROPY_COEF=0.01"],  # its stages: test_gad.py
+       "reinforce": ["MINIBATCH=32"], "gmpo": ["KL_COEF=0.04"], "cispo": ["KL_COEF=0.04"]}
 NETWORKS = {"gspo": 2, "grpo": 2, "dapo": 1, "ppo": 3, "self_play": 2,  # policy; reference; critic
-            "gad": 3}  # policy, reference, discriminator
+            "gad": 3,  # policy, reference, discriminator
+            "reinforce": 1, "gmpo": 2, "cispo": 2}
 NOT_HERE = {"peak_memory", "seqkd_loss"}  # columns of a GPU, and of a stage that is left out
 
 
@@ -413,11 +425,12 @@ def check_columns(name, run):
         assert float(row["entropy"]) > 0 and math.isfinite(float(row["loss"]))
         assert 0 < float(row["time/update"]) < float(row["step_time"])
     assert float(rows[2]["grad_norm"]) > 0
-    assert float(rows[2]["learning_rate"]) == pytest.approx(1e-4)
+    assert float(rows[2]["learning_rate"]) == pytest.approx(4e-4 if name == "reinforce" else 1e-4)
     assert not any(rows[0][column] for column in own & columns)
     assert all(0 <= float(rows[step]["eval/accuracy"]) <= 1 for step in (0, 2))
     drawn = set(" ".join(run.module.ALGORITHM_PANELS.values()).split())
-    assert drawn - columns - run.module.DEFAULTS.keys() <= NOT_HERE and drawn & own
+    assert drawn - columns - run.module.DEFAULTS.keys() <= NOT_HERE
+    assert drawn & own or name == "reinforce" and not drawn | own
     return rows
 
 
@@ -497,6 +510,26 @@ def check_grpo(rows, folder):
     assert {row["kl_coef"] for row in rows[1:]} == {"0.04"}
     assert all(0 < float(row["kl"]) < 0.1 and float(row["kl_loss"]) != 0 for row in rows[1:])
     assert all(float(row["ratio/mean"]) != 1 for row in rows[1:])
+
+
+def check_reinforce(rows, folder):
+    """One update: nothing of a ratio, a clip or a KL. The log-probs that it is made with are the
+    sampler's, but for float noise."""
+    assert not [column for column in rows[0] if column.startswith(("kl", "ratio", "clip_ratio"))]
+    for row in rows[1:]:
+        assert 0 < float(row["sampling_logp_difference"]) < 1e-5
+        assert float(row["advantage/size"]) > 0.01 and "time/logps" not in row
+
+
+def check_gmpo(rows, folder):
+    """As GRPO with a KL of the same weight; no ratio is exactly 1 after the first update."""
+    check_grpo(rows, folder)
+
+
+def check_cispo(rows, folder):
+    """The same. There is no lower end to a weight, so that none is held there."""
+    check_grpo(rows, folder)
+    assert {row["clip_ratio/low_mean"] for row in rows[1:]} == {"0.0"}
 
 
 def check_ppo(rows, folder):

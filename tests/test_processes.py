@@ -84,6 +84,7 @@ def run_processes(*arguments, script, log, count=2):
               "ADVANTAGE_TYPE=normalized"]),
     ("grpo", ["AGGREGATION=token-mean"]),
     ("dapo", ["DYNAMIC_SAMPLING=False"]),
+    ("reinforce", []), ("cispo", []),
     ("ppo", ["CRITIC_WARMUP=0"]),
     ("gad", ["SEQKD_STEPS=1", "SEQKD_BATCH=8", "CRITIC_WARMUP=1", "WARMUP_BATCH=8", "MAX_STEPS=3"]),
     ("self_play", ["WATCH_QUESTIONS=4"])])
@@ -103,7 +104,7 @@ def test_two_processes_do_what_one_does(tmp_path, name, extra):
     # The discriminator's scores have a free level; its gradient is measured before it is averaged.
     left_out = ("time", "student_score", "teacher_score", "d_grad_norm")
     compared = [c for c in tables[0] if not any(part in c for part in left_out)]
-    assert len(compared) > 25 and tables[0]["loss"].notna().sum() == 2
+    assert len(compared) > 20 and tables[0]["loss"].notna().sum() == 2
     pd.testing.assert_frame_equal(*(t[compared] for t in tables), rtol=2e-3, atol=2e-5)
     weights = [load_file(max((tmp_path / folder).glob("[!.]*/model.safetensors"),
                              key=os.path.getmtime)) for folder in ("one", "two")]

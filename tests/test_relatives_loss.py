@@ -10,6 +10,7 @@ At the end: known bugs, put in one at a time, that these tests must catch.
 import doctest
 import itertools
 import math
+import re
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ import torch
 from conftest import ROOT, import_file, must_fail, mutated_copy
 from test_grpo_dapo_ppo_loss import LENGTHS, RIGHT, SCORES, loss_of, train, trl_loss, vector
 from test_gspo_loss import answers
+from transformers import AutoTokenizer
 
 SCRIPTS = {name: ROOT / "RL_HAND" / name / f"{name}.py"
            for name in ("reinforce", "gmpo", "cispo", "grpo", "gspo")}
@@ -182,11 +184,65 @@ def test_it_is_the_first_step_of_the_others(monkeypatch):
     torch.testing.assert_close(token_mean, total * 5 * 6 / sum(LENGTHS), rtol=1e-4, atol=1e-7)
 
 
+FIRST_STEPS = {  # as RL_HAND/reinforce/README.md has them: the script, and its constants
+    "REINFORCE, the default": ("reinforce", []),
+    "`BASELINE=leave-one-out`, RLOO": ("reinforce", ["BASELINE=leave-one-out"]),
+    "`BASELINE=none`": ("reinforce", ["BASELINE=none"]),
+    "`AGGREGATION=seq-mean-token-mean`": ("reinforce", ["AGGREGATION=seq-mean-token-mean"]),
+    "Dr. GRPO": ("grpo", ["AGGREGATION=dr-grpo", "ADVANTAGE_TYPE=relative"]),
+    "GRPO without the std, `ADVANTAGE_TYPE=relative`": ("grpo", ["ADVANTAGE_TYPE=relative"]),
+    "GRPO": ("grpo", []),
+    "GMPO": ("gmpo", []),
+    "GSPO, `ENTROPY_COEF=0`": ("gspo", []),
+    "CISPO": ("cispo", [])}
+
+
+def first_steps():
+    """The gradients of the losses on the first rollout of the embedded default, by label."""
+    sampler = fresh("reinforce")
+    sampler.configure(["PROFILE=embedded", "DEVICE=cpu"])
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "policy")
+    rows = sampler.load_rows("train_datasets", tokenizer)
+    policy = sampler.load_policy("data/policy")
+    run = SimpleNamespace(train_rows=rows, step=0, questions=0, tokenizer=tokenizer,
+                          scorers=sampler.load_scorers(rows[0]))
+    sampler.begin_step(run)
+    rows = sampler.next_questions(run, sampler.BATCH_SIZE)
+    batch = sampler.sample_groups(policy, tokenizer, rows, sampler.GROUP_SIZE)
+    rewards, mask = sampler.score_completions(run, rows, batch)[0], batch.completion_mask
+    logps, gradients = sampler.score_tokens(policy, batch)[0], {}
+    for label, (name, constants) in FIRST_STEPS.items():
+        module = fresh(name)
+        module.configure(["PROFILE=embedded", "DEVICE=cpu", *constants])
+        advantages = module.compute_advantages(rewards)[:, None].expand_as(mask)
+        losses = (module.policy_loss(logps, advantages) if name == "reinforce" else
+                  module.policy_loss(logps, logps.detach(), advantages, mask)[0])
+        loss = (losses * module.token_weights(mask)).sum()
+        gradients[label] = vector(torch.autograd.grad(loss, list(policy.parameters()),
+                                                      retain_graph=True)).double()
+    return gradients
+
+
+def test_the_first_steps_on_the_shipped_policy_are_those_of_the_page():
+    """The cosines of RL_HAND/reinforce/README.md, to the default REINFORCE and to GRPO. A row that
+    says 1.00000 is so to the fifth digit on any machine; the others may sample other answers."""
+    gradients = first_steps()
+    page = (SCRIPTS["reinforce"].parent / "README.md").read_text(encoding="utf-8")
+    for label, gradient in gradients.items():
+        found = [torch.cosine_similarity(gradient, gradients[other], dim=0).item()
+                 for other in ("REINFORCE, the default", "GRPO")]
+        print(f"| {label} | {found[0]:.5f} | {found[1]:.5f} |")  # pytest -s shows them
+        row = re.search(rf"^\| {re.escape(label)} \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+        for cosine, written in zip(found, row.groups()):
+            exact = written == "1.00000"
+            assert cosine == pytest.approx(float(written), abs=6e-6 if exact else 0.03), label
+
+
 # ============================================= GMPO =============================================
 
 
 def slow_gmpo(new, old, advantages, lengths, low, high):
-    """-J of Eq. 4 and its gradient by the log-probs, float by float. Of the ratio, a geometric
+    """-J and its gradient by the log-probs, float by float. Of the ratio, a geometric
     mean, by a log-prob: the ratio over the length, or 0 where the token is cut."""
     total, gradient = 0.0, np.zeros(tuple(new.shape))
     for i, length in enumerate(lengths):

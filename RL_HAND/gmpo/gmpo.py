@@ -16,7 +16,7 @@ advantage pushes it,
     l_it = log pi(y_it | x, y_i<t) - log pi_old(y_it | x, y_i<t)
     c_it = min(l_it, high) where A_i > 0, max(l_it, -low) where A_i < 0
 
-an answer has one ratio, and what this script minimises is Eq. 4 with the sign of a loss:
+an answer has one ratio, and what this script minimises is, with the sign of a loss,
 
     L = -mean_i exp(mean_t c_it) A_i + KL_COEF KL(pi|ref) - ENTROPY_COEF H(pi)
 
@@ -262,7 +262,7 @@ def without_spread(groups):
 
 
 def policy_loss(logps, old_logps, advantages, mask):
-    """The geometric-mean loss at every token (Eq. 4, negated: to be minimised).
+    """The geometric-mean loss at every token (the paper's objective, negated: to be minimised).
 
     logps, old_logps: (b, T) log-probs under the trained and the sampling policy; advantages (b, T),
     the same at all tokens of an answer; mask (b, T), 1 up to and including the end token. Returns
@@ -270,7 +270,7 @@ def policy_loss(logps, old_logps, advantages, mask):
     the mean over sequences of the mean over tokens (`token_weights`) is the mean over answers.
 
     A clipped token has no gradient and still counts: its log-ratio, cut, is in the mean. The range
-    is of log-ratios: 0.4 lets a ratio go from 0.67 to 1.49 (the paper's sec. 3).
+    is of log-ratios: the paper's 0.4 lets a ratio go from 0.67 to 1.49.
 
     >>> old, new = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-0.9, -1.5]])
     >>> loss, statistics = policy_loss(new, old, torch.ones(1, 2), torch.ones(1, 2))
