@@ -6,8 +6,9 @@
 Shared are: requirements, imports, the constants outside the Algorithm group; every top-level
 function or class of the lesson whose name stands in several scripts, unless OWN names it with the
 reason; and everything below the line SAME. A script whose source has names of its own for shared
-constants keeps them (RENAMED, in compare.py), and the values in OWN_VALUES. A reward function, a
-file of its own, has the GRAMMAR of numbers.
+constants keeps them (RENAMED, in compare.py), and the values in OWN_VALUES. One that needs a few
+lines below the line to be others has those in EDITS. A reward function, a file of its own, has the
+GRAMMAR of numbers.
 """
 
 import ast
@@ -30,6 +31,7 @@ OWN = {  # name -> why it differs between scripts
     "policy_loss": "the ratio, and over what it is taken, is what tells the algorithms apart",
     "token_weights": "the aggregation is part of the algorithm",
     "compute_advantages": "baseline, paper and worked example differ; PPO's is GAE",
+    "clip_range": "moe.py has GSPO's default and GRPO's",
 }
 GRAMMAR = ("NUMBER", "last_number")
 RENAMED = next(  # script -> shared name -> its name
@@ -39,9 +41,63 @@ RENAMED = next(  # script -> shared name -> its name
 OWN_VALUES = {
     "gad": {"train_datasets"},  # with the teacher's texts
     "reinforce": {"LEARNING_RATE", "MINIBATCH"},  # one update per rollout
+    "moe": {"POLICY_MODEL", "LORA_RANK"},  # with experts; whole, it would fit on no single GPU
     "self_play": {  # a few large rounds that its reward function scores
         "TRAIN_BATCH_SIZE", "ROLLOUT_N", "ROLLOUT_TEMPERATURE", "SELF_PLAY_ROUNDS", "NUM_EPOCHS",
         "REWARD_FUNC", "REWARD_WEIGHTS", "MINIBATCH", "MICRO_BATCH", "EVAL_EVERY"}}
+
+EDITS = {  # script -> what it has below the line in the place of lines of the original, and why
+    "moe": [
+        ("a batch has its tape", """
+    ended                            (B,) bool, False where MAX_NEW_TOKENS truncated it
+""", """
+    ended                            (B,) bool, False where MAX_NEW_TOKENS truncated it
+    routes                           (B, S, layers, K), the experts of its tokens: see `Tape`
+"""),
+        ("a rollout begins with a blank one, a row for each prompt", """
+    with autocast():  # one block, in which the other weights are cast once
+""", """
+    tape = Tape(blank(model, len(rows), prompt_ids.shape[1] + length))
+    with autocast():  # one block, in which the other weights are cast once
+"""),
+        ("prompts are recorded, for all their answers", """
+        states = run_model(model, prompt_ids, prompt_mask, place, cache)[:, -1]        # (P, H)
+        cache.batch_repeat_interleave(group_size)
+""", """
+        states = run_model(model, prompt_ids, prompt_mask, place, cache,
+                           tape.at(index[::group_size, None], place, prompt_mask > 0))[:, -1]
+        cache.batch_repeat_interleave(group_size)
+        tape.own = tape.own[index]
+"""),
+        ("so are the tokens of the rows that are left", """
+                states = run_model(model, token[:, None], seen, place, cache)[:, -1]   # (n, H)
+""", """
+                states = run_model(model, token[:, None], seen, place, cache,
+                                   tape.at(row[:, None], place, place >= 0))[:, -1]    # (n, H)
+"""),
+        ("the batch takes it along", """
+                 sampled_logps=logps[:, :t + 1])
+""", """
+                 sampled_logps=logps[:, :t + 1], routes=tape.own)
+"""),
+        ("a pass has a tape or none", """
+def run_model(model, ids, mask, place, cache=None):
+""", """
+def run_model(model, ids, mask, place, cache=None, tape=None):
+"""),
+        ("the model hands it to its layers", """
+    return model.base_model(input_ids=ids, attention_mask=mask, position_ids=place,
+""", """
+    return model.base_model(input_ids=ids, attention_mask=mask, position_ids=place, tape=tape,
+"""),
+        ("the trainer's passes have that of their batch", """
+        states = run_model(model, ids, visible.tril()[:, None], place)                 # (p, S, H)
+""", """
+        states = run_model(model, ids, visible.tril()[:, None], place,
+                           tape=tape_of(batch, place, part))                           # (p, S, H)
+"""),
+    ],
+}
 
 
 def scripts():
@@ -69,9 +125,17 @@ def renamed(source, name):
     return source
 
 
+def edited(source, name):
+    """The original's text with what the script `name` has in the place of some of its lines."""
+    for why, ours, theirs in EDITS.get(name, ()):
+        assert source.count(ours) == 1, f"{why}: the original has {source.count(ours)} times{ours}"
+        source = source.replace(ours, theirs)
+    return source
+
+
 def localised(original, name, source):
-    """The original as the script `name` shares it: with its names, and its lines of OWN_VALUES."""
-    original = renamed(original, name)
+    """The original as the script `name` shares it: with its names, its EDITS, and its OWN_VALUES."""
+    original = edited(renamed(original, name), name)
     ours, theirs = definitions(source), definitions(original)
     for constant in OWN_VALUES.get(name, ()):
         original = original.replace(theirs[constant], ours[constant])
