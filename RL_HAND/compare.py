@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 HERE = Path(__file__).resolve().parent
 COLOURS = {"gspo": "#1f77b4", "grpo": "#ff7f0e", "dapo": "#2ca02c", "ppo": "#d62728",
            "gad": "#9467bd", "self_play": "#8c564b", "reinforce": "#7f7f7f", "gmpo": "#e377c2",
-           "cispo": "#bcbd22"}
+           "cispo": "#bcbd22", "moe": "#17becf"}
 RENAMED = {"self_play": {"BATCH_SIZE": "TRAIN_BATCH_SIZE", "GROUP_SIZE": "ROLLOUT_N",
                          "TEMPERATURE": "ROLLOUT_TEMPERATURE", "MAX_STEPS": "SELF_PLAY_ROUNDS",
                          "REWARD_FUNCTION": "REWARD_FUNC"}}  # tools/sync.py reads it here

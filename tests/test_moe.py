@@ -77,9 +77,9 @@ def trained(moe, kind="Qwen3-MoE", checkpointing=False):
 
 
 def alone(model, batch, i, forced=None):
-    """Log-probs (n,) of answer i by transformers' own model, on its text alone, and what its routers
-    chose: {layer: (tokens, K)}. `forced` (tokens, layers, K) are the experts to take instead. The
-    last token goes through no model in a rollout: the text ends before it."""
+    """Log-probs (n,) of answer i by transformers' own model, on its text alone, and what its
+    routers chose: {layer: (tokens, K)}. `forced` (tokens, layers, K) are the experts to take
+    instead. The last token goes through no model in a rollout: the text ends before it."""
     prompt = batch.prompt_ids[i][batch.prompt_mask[i] > 0]
     answer = batch.completion_ids[i][batch.completion_mask[i] > 0]
     text, chose = torch.cat([prompt, answer])[:-1], {}
@@ -178,8 +178,8 @@ def test_an_update_starts_from_ratio_one(moe, replay):
                 assert ratio > 0.1 if moved else ratio < 1e-5
                 for layer, (where, experts) in enumerate(taken):
                     real = where >= 0
-                    assert real.any()
-                    assert torch.equal(experts[real], micro.played.flatten(0, 1)[where[real], layer])
+                    wanted = micro.played.flatten(0, 1)[where[real], layer]
+                    assert real.any() and torch.equal(experts[real], wanted)
     changed = moe.changed_routers(micro, micro.old_routes, moe.spread(micro, tape.own))
     assert changed[micro.completion_mask > 0].mean() > 0.3  # the routers would go elsewhere by now
 
@@ -418,7 +418,8 @@ MUTATIONS = {  # name: (text of the script, what takes its place, the test that 
         "scores = torch.zeros_like(logits).scatter(1, experts, scores).gather(1, taken)",
         test_gradients_are_those_of_a_router_by_hand),
     "scores do not add up to 1": (
-        "scores = scores_of(router, logits, taken)", "scores = F.softmax(logits, -1).gather(1, taken)",
+        "scores = scores_of(router, logits, taken)",
+        "scores = F.softmax(logits, -1).gather(1, taken)",
         test_gradients_are_those_of_a_router_by_hand),
     "scores are constants": (
         "scores_of(router, logits, taken).to", "scores_of(router, logits, taken).detach().to",

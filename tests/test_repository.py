@@ -21,7 +21,8 @@ from conftest import ROOT, import_file
 from huggingface_hub.file_download import repo_folder_name
 from transformers import AutoTokenizer
 
-NAMES = ["gspo", "grpo", "dapo", "ppo", "gad", "self_play", "reinforce", "gmpo", "cispo"]
+NAMES = ["gspo", "grpo", "dapo", "ppo", "gad", "self_play", "reinforce", "gmpo", "cispo",
+         "moe"]
 SCRIPTS = {name: ROOT / "RL_HAND" / name / f"{name}.py" for name in NAMES}
 SOURCES = {name: path.read_text(encoding="utf-8") for name, path in SCRIPTS.items()}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
@@ -32,7 +33,7 @@ LINE = "# ==================== The algorithm ends here"
 # ---- The scripts' text
 
 LIMITS = {"gspo": 1250, "grpo": 1300, "dapo": 1300, "ppo": 1350, "gad": 1450, "self_play": 1350,
-          "reinforce": 1150, "gmpo": 1250, "cispo": 1250}
+          "reinforce": 1150, "gmpo": 1250, "cispo": 1250, "moe": 1450}
 BELOW, DEFINITIONS = 880, 66  # lines, and functions, classes and methods, below the line
 LONG = {  # functions of more than 40 lines, docstring and all, and why
     "train": "the algorithm, in one sight",
@@ -414,8 +415,8 @@ PAGES = sorted(str(path.relative_to(ROOT)) for path in [
 def test_there_are_pages():
     assert {f"RL_HAND/{name}/{page}" for name in NAMES
             for page in ("README.md", "IMPLEMENTATION_SUMMARY.md")} - set(PAGES) <= {
-                f"RL_HAND/{name}/IMPLEMENTATION_SUMMARY.md"
-                for name in ("grpo", "reinforce", "gmpo", "cispo")}  # their pages have room for it
+                f"RL_HAND/{name}/IMPLEMENTATION_SUMMARY.md"  # their pages have room for it
+                for name in ("grpo", "reinforce", "gmpo", "cispo", "moe")}
     assert {"README.md", "RL_HAND/README.md", "RL_HAND/constants.md"} <= set(PAGES)
 
 

@@ -7,8 +7,8 @@ Shared are: requirements, imports, the constants outside the Algorithm group; ev
 function or class of the lesson whose name stands in several scripts, unless OWN names it with the
 reason; and everything below the line SAME. A script whose source has names of its own for shared
 constants keeps them (RENAMED, in compare.py), and the values in OWN_VALUES. One that needs a few
-lines below the line to be others has those in EDITS. A reward function, a file of its own, has the
-GRAMMAR of numbers.
+shared lines to be others has them in EDITS. A reward function, a file of its own, has the GRAMMAR
+of numbers.
 """
 
 import ast
@@ -31,7 +31,6 @@ OWN = {  # name -> why it differs between scripts
     "policy_loss": "the ratio, and over what it is taken, is what tells the algorithms apart",
     "token_weights": "the aggregation is part of the algorithm",
     "compute_advantages": "baseline, paper and worked example differ; PPO's is GAE",
-    "clip_range": "moe.py has GSPO's default and GRPO's",
 }
 GRAMMAR = ("NUMBER", "last_number")
 RENAMED = next(  # script -> shared name -> its name
@@ -46,7 +45,7 @@ OWN_VALUES = {
         "TRAIN_BATCH_SIZE", "ROLLOUT_N", "ROLLOUT_TEMPERATURE", "SELF_PLAY_ROUNDS", "NUM_EPOCHS",
         "REWARD_FUNC", "REWARD_WEIGHTS", "MINIBATCH", "MICRO_BATCH", "EVAL_EVERY"}}
 
-EDITS = {  # script -> what it has below the line in the place of lines of the original, and why
+EDITS = {  # script -> (why, shared lines of the original, what it has in their place)
     "moe": [
         ("a batch has its tape", """
     ended                            (B,) bool, False where MAX_NEW_TOKENS truncated it
@@ -96,6 +95,13 @@ def run_model(model, ids, mask, place, cache=None, tape=None):
         states = run_model(model, ids, visible.tril()[:, None], place,
                            tape=tape_of(batch, place, part))                           # (p, S, H)
 """),
+        ("it has GSPO's default and GRPO's", """
+    \"\"\"CLIP_RANGE as (low, high).\"\"\"
+""", """
+    \"\"\"CLIP_RANGE as (low, high); without one GSPO's (sec. 5.1), or GRPO's usual one.\"\"\"
+    if not CLIP_RANGE:
+        return (3e-4, 4e-4) if RATIO == "sequence" else (0.2, 0.2)
+"""),
     ],
 }
 
@@ -127,14 +133,15 @@ def renamed(source, name):
 
 def edited(source, name):
     """The original's text with what the script `name` has in the place of some of its lines."""
-    for why, ours, theirs in EDITS.get(name, ()):
-        assert source.count(ours) == 1, f"{why}: the original has {source.count(ours)} times{ours}"
+    for _, ours, theirs in EDITS.get(name, ()):
         source = source.replace(ours, theirs)
     return source
 
 
 def localised(original, name, source):
-    """The original as the script `name` shares it: with its names, its EDITS, and its OWN_VALUES."""
+    """The original as the script `name` shares it: with its names, EDITS and OWN_VALUES."""
+    for why, ours, _ in EDITS.get(name, ()):
+        assert original.count(ours) == 1, f"{why}: {original.count(ours)} times in gspo.py:{ours}"
     original = edited(renamed(original, name), name)
     ours, theirs = definitions(source), definitions(original)
     for constant in OWN_VALUES.get(name, ()):

@@ -525,7 +525,7 @@ def ratio_statistics(ratio, advantages, low, high):
 
 
 def clip_range():
-    """CLIP_RANGE as (low, high); without one the range of GSPO (sec. 5.1), or GRPO's usual one."""
+    """CLIP_RANGE as (low, high); without one GSPO's (sec. 5.1), or GRPO's usual one."""
     if not CLIP_RANGE:
         return (3e-4, 4e-4) if RATIO == "sequence" else (0.2, 0.2)
     return CLIP_RANGE if isinstance(CLIP_RANGE, tuple) else (CLIP_RANGE, CLIP_RANGE)
