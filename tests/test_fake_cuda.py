@@ -208,13 +208,25 @@ def test_a_fault_is_noticed(gspo, pretend, tmp_path, name, spoiled):
 @pytest.mark.parametrize("name, given", [
     ("grpo", []), ("dapo", ["OVERLONG_CACHE=2"]), ("ppo", []),
     ("reinforce", ["MINIBATCH=4"]),
+    ("moe", ["POLICY_MODEL=data/policy_experts", "BALANCE_COEF=0.01", "MAX_NEW_TOKENS=3"]),
     ("gad", ["MAX_STEPS=3", "SEQKD_STEPS=1", "SEQKD_BATCH=2", "CRITIC_WARMUP=1", "WARMUP_BATCH=2",
              "GAD_EPOCHS=1", "MAX_NEW_TOKENS=40"]),
     ("self_play", ["TRAIN_BATCH_SIZE=2", "SAMPLE_AT_ONCE=1", "ROLLOUT_N=2", "TOTAL_EPOCHS=1",
                    "SELF_PLAY_ROUNDS=2", "WATCH_QUESTIONS=1"])])
 def test_nor_the_other_scripts(pretend, tmp_path, name, given):
-    """A step of each, or one of each stage; of self-play, two rounds."""
+    """A step of each, or one of each stage; of self-play, two rounds. Of eight layers with experts
+    the first two, and one expert after the other: what transformers does on a GPU with all at once
+    has no values on the CPU."""
     script = import_file(ROOT / "RL_HAND" / name / f"{name}.py", name)
+    load = script.load_policy
+
+    def load_two_layers(*given, **options):
+        model = load(*given, **options)
+        model.set_experts_implementation("eager")
+        del model.model.layers[2:]
+        model.config.num_hidden_layers = 2
+        return model
+    script.load_policy = load_two_layers if name == "moe" else load
     metrics = two_evaluations_and_a_step(script, tmp_path / "run", *given)
     assert metrics["step"].iloc[-1] >= 1
 
