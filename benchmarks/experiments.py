@@ -64,6 +64,9 @@ LOSSES = {  # of the map: what it is called -> script and constants
     "GMPO": ("gmpo", []), "GRPO": ("grpo", []),
     "GRPO, no clip": ("grpo", ["CLIP_RANGE=(1.0, 1e9)"]), "DAPO": ("dapo", []), "PPO": ("ppo", []),
     "CISPO": ("cispo", []), "REINFORCE": ("reinforce", [])}
+EXPERTS = ["REWARD_WEIGHTS={'verifier': 1.0}", "ENTROPY_COEF=0.0", "ADVANTAGE_TYPE=normalized",
+           "MAX_STEPS=30", "EVAL_EVERY=0"]
+EDGE = ["LEARNING_RATE=2e-4", "MINIBATCH=32"]  # eight updates per rollout
 RATES, UPDATES = ("1e-4", "2e-4", "4e-4"), {1: (128, 1), 4: (64, 2), 16: (32, 4)}
 CORNERS = [("4e-4", 4), ("4e-4", 16)]  # three seeds; two elsewhere
 
@@ -89,8 +92,10 @@ def gad(seeds, **variants):
 
 def on_the_map(label, rate, updates, steps=25):
     """Script and constants of a run with a learning rate and so many updates per rollout; None
-    where the script is not written, or makes one update only."""
+    where the script is not written, or makes one update only. In one update all ratios are 1, and
+    no range cuts: there the runs with another range are those without."""
     script, constants = LOSSES[label]
+    constants = constants if updates > 1 else []
     known = constants_in(source_of(script) or "")
     passes = f"{script.upper()}_EPOCHS"
     if not known or updates > 1 and passes not in known:
@@ -103,12 +108,13 @@ def on_the_map(label, rate, updates, steps=25):
 
 
 def stability():
-    """The map: learning rate x updates per rollout x loss."""
+    """The map: learning rate x updates per rollout x loss. Its corners first."""
     found = []
     for rate, updates in [*CORNERS, *((rate, n) for n in UPDATES for rate in RATES
                                       if (rate, n) not in CORNERS)]:
         for label in LOSSES:
-            if made := on_the_map(label, rate, updates):
+            made = on_the_map(label, rate, updates)
+            if made and made[:2] not in [run[:2] for run in found]:
                 found += runs(2 + ((rate, updates) in CORNERS), made)
     return found
 
@@ -124,6 +130,9 @@ EXPERIMENTS = {  # in the order in which they are made
     "default": runs(5, ("gspo", [])),
     "stability": stability(),
     "corner": corner(),
+    "gradients": runs(5, *((script, ["MEASURE=gradients", "LEARNING_RATE=4e-4", *constants], label)
+                           for label, (script, constants) in LOSSES.items())),
+    "length": runs(3, ("grpo", ["MEASURE=length"])),
     "hacking": runs(5, ("gspo", [MODEL_ALONE, "KL_COEF=0"], "model alone, no KL"),
                     ("gspo", [MODEL_ALONE], "model alone, TARGET_KL 0.1"),
                     ("gspo", [MODEL_ALONE, "TARGET_KL=0.01"], "model alone, TARGET_KL 0.01"),
@@ -171,12 +180,19 @@ EXPERIMENTS = {  # in the order in which they are made
         "not divided by the std": ["NORM_ADV_BY_STD=False"],
         "warm-up of 10 steps": ["CRITIC_WARMUP=10"],
         "D's learning rate 1e-4": ["DISCRIMINATOR_LEARNING_RATE=1e-4"]}),
-    "experts": runs(3, *(("moe", [f"RATIO={ratio}", f"ROUTING_REPLAY={replay}"],
-                          f"{name}, {replay}") for ratio, name in (("token", "GRPO"),
-                                                                   ("sequence", "GSPO"))
-                         for replay in ("none", "R2", "R3"))),
+    "experts": runs(3, *(
+        ("moe", [f"RATIO={ratio}", f"ROUTING_REPLAY={replay}", *EXPERTS, *more], name + label)
+        for name, ratio, replay, label, more in (
+            *((f"{name}, {replay}", ratio, replay, "", [])
+              for name, ratio in (("GRPO", "token"), ("GSPO", "sequence"))
+              for replay in ("none", "R2", "R3")),
+            *((f"GRPO, {replay}", "token", replay, ", noisy routers", ["ROUTER_NOISE=0.3"])
+              for replay in ("none", "R3")),
+            *((f"{name}, {replay}", ratio, replay, ", the edge", EDGE) for name, ratio, replay in (
+                ("GRPO", "token", "none"), ("GRPO", "token", "R2"), ("GRPO", "token", "R3"),
+                ("GSPO", "sequence", "none"), ("GSPO", "sequence", "R3")))))),
 }
-FEWER = {"stability": 5, "corner": 5}  # means of what each step measures in a row, where not 25
+BRIEF = ("stability", "corner")  # with fewer curves in a row; and the KL of the last checkpoint
 QUICK = ["family", "clip", "hacking", "self_play", "gad"]  # with seed 0; and the map's corner
 
 
@@ -294,9 +310,9 @@ def harvest(folders, say=print):
         end, found = end_of(folder), results.key_in(folder)
         if end is None or found not in owner or found in known and not results.stale(known[found]):
             continue
-        row = results.row_of(folder, FEWER.get(owner[found], 25), end)
+        row = results.row_of(folder, owner[found] in BRIEF, end)
         more = {**(game(folder) if found[0] == "gad" else {}),
-                **(final_kl(folder) if found[0] == "self_play" or owner[found] in FEWER else {})}
+                **(final_kl(folder) if found[0] == "self_play" or owner[found] in BRIEF else {})}
         new.append(row | {name: results.number(value, 4) for name, value in more.items()})
     count = results.keep(new, owner, RUNS)
     if count:
@@ -320,11 +336,16 @@ def make(names, only=lambda job: True, workers=0):
         wanted = missing(jobs.values())
         if any(job[0] == "gad" for job in wanted):
             make_gad_data()
+        print(f"{len(wanted)} of {len(jobs)} runs to be made", flush=True)
+        for script, _, (seed, _, *constants) in wanted:
+            if constants and constants[0].startswith("MEASURE="):
+                import measures
+                results.keep([measures.measure(script, constants, int(seed[5:]))], owners(), RUNS)
+        wanted = [job for job in wanted if not any("MEASURE=" in word for word in job[2])]
         for _, folder, _ in wanted:  # what is finished there is not today's
             (folder / "finished").unlink(missing_ok=True)
-        print(f"{len(wanted)} of {len(jobs)} runs to be made", flush=True)
-        return compare.run_all({"WORKERS": workers}, wanted, lock,
-                               lambda folder, failure: harvest([folder], lambda line: None))[1]
+        return wanted and compare.run_all({"WORKERS": workers}, wanted, lock, lambda folder, _:
+                                          harvest([folder], lambda line: None))[1]
 
 
 # ========================================== Commands ============================================
@@ -339,8 +360,8 @@ def take(rows, jobs):
     for job in jobs:
         steps = int(next((word[10:] for word in job[2] if word.startswith("MAX_STEPS=")), 100))
         like = [seconds(row) for k, row in rows.items() if k[:2] == job_key(job)[:2]] or [
-            steps * seconds(row) / int(row["steps"]) for row in rows.values()
-            if row["script"] in (job[0], "grpo")]
+            steps * seconds(row) / int(row["steps"] or 1) for row in rows.values()
+            if row["script"] in (job[0], "grpo") and "MEASURE=" not in row["constants"]]
         total += 4 + sum(like) / max(1, len(like))  # 4: to start
     return total
 
@@ -394,50 +415,51 @@ def probe(source, script, words, folder):
     return table.drop(columns=[name for name in table if "time" in name or "memory" in name])
 
 
+def text_with(code, script, commits, folder=None):
+    """The text of a script that has this code: from git, by one of the commits, or from the runs in
+    a folder."""
+    found = [subprocess.run(["git", "show", f"{commit}:RL_HAND/{script}/{script}.py"], cwd=ROOT,
+                            capture_output=True).stdout.decode() for commit in commits]
+    found += [results.facts_of(run)[1] for run in Path(folder).glob("*_seed*")
+              if results.facts_of(run)] if folder else []
+    for text in filter(None, found):
+        if results.code_of(text) == code:
+            return text
+    raise SystemExit(f"error: no text of {script} with the code {code} at {', '.join(commits)}; "
+                     "expected it there, or a folder of such runs behind the script's name")
+
+
 def show_equal(script, folder=None):
-    """Whether the script as the rows have it and as it is today give the same bits: three steps
-    with the constants of each of its stale rows. If all do, equal.csv says so. The older text comes
-    from git, by the rows' commit, or from the runs in a folder."""
-    today = source_of(script)
-    if today is None:
-        raise SystemExit(f"error: no script {script!r}")
+    """Whether a script as it is today and as stale rows had it give the same bits: three steps with
+    the constants of each of these rows. What is the same is written to results/equal.csv, and the
+    rows are no longer stale. Returns whether anything differed."""
+    today, path = source_of(script) or "", results.RESULTS / "equal.csv"
+    code_new, place = results.code_of(today), RUNS / "probe"
+    head = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, text=True,
+                          capture_output=True).stdout.strip()
     rows = [row for row in results.all_rows().values() if row["script"] == script
-            and not results.same_code(script, row["code"], results.code_of(today))]
-    found = [results.facts_of(run)[1] for run in Path(folder).glob("*") if results.facts_of(run)
-             ] if folder else []
-    for code in sorted({row["code"] for row in rows}):
-        some = [row for row in rows if row["code"] == code]
-        commits = sorted({row["commit"] for row in some})
-        texts = [*found, *(subprocess.run(
-            ["git", "show", f"{commit}:RL_HAND/{script}/{script}.py"], cwd=ROOT,
-            capture_output=True, text=True, encoding="utf-8").stdout for commit in commits)]
-        before = next((text for text in texts if text and results.code_of(text) == code), None)
-        if before is None:
-            raise SystemExit(f"error: no text with the code {code} at {', '.join(commits)}; "
-                             "expected it there, or a folder of runs behind the script's name")
-        if script == "gad":
-            make_gad_data()
-        for constants in sorted({row["constants"] for row in some}):
-            words = constants.split("; ") if constants else []
-            place = RUNS / "probe"
-            shutil.rmtree(place, ignore_errors=True)
-            one, other = (probe(text, script, words, place / name)
-                          for text, name in ((before, "before"), (today, "today")))
-            lost = [name for name in one if name not in other or not one[name].equals(other[name])]
-            print(f"{script} {constants or '(defaults)'}: "
-                  + (f"other numbers in {', '.join(lost)}" if lost else "the same bits"), flush=True)
-            if lost:
-                return True
-        head = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT,
-                              capture_output=True, text=True).stdout.strip()
-        results.write(results.RESULTS / "equal.csv", [
-            *results.read(results.RESULTS / "equal.csv"),
-            {"script": script, "code_old": code, "code_new": results.code_of(today),
-             "command": f"python benchmarks/experiments.py equal {script}",
-             "shown_by": f"metrics.csv of 3 steps, {len({r['constants'] for r in some})} sets of "
-                         "constants", "commit": head}])
-    print(f"no row of {script} is of another code" if not rows else "written to equal.csv")
-    return False
+            and "MEASURE=" not in row["constants"] and not
+            results.same_code(script, row["constants"], row["code"], code_new)]
+    differed = False
+    if script == "gad" and rows:
+        make_gad_data()
+    for constants, code in sorted({(row["constants"], row["code"]) for row in rows}):
+        commits = {row["commit"] for row in rows if row["code"] == code}
+        before = text_with(code, script, sorted(commits), folder)
+        words = constants.split("; ") if constants else []
+        shutil.rmtree(place, ignore_errors=True)
+        one, other = (probe(text, script, words, place / name)
+                      for text, name in ((before, "before"), (today, "today")))
+        lost = [name for name in one if name not in other or not one[name].equals(other[name])]
+        print(f"{script} {constants or '(defaults)'}: "
+              + (f"other numbers in {', '.join(lost)}" if lost else "the same bits"), flush=True)
+        differed |= bool(lost)
+        if not lost:
+            shown = {"script": script, "constants": constants, "code_old": code,
+                     "code_new": code_new, "commit": head, "shown by": f"{len(one.columns)} metrics"
+                     f" of {len(one) - 1} steps: python benchmarks/experiments.py equal {script}"}
+            results.write(path, [*results.read(path), shown])
+    return differed
 
 
 def main(arguments):

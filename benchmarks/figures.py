@@ -145,6 +145,51 @@ def stability(name, found):
     return figure
 
 
+def gradients(name, found):
+    """The cosine to GRPO's gradient by update, and the weight of a token by its ratio: what the
+    losses do as a rollout gets stale, and why."""
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
+    colours = matplotlib.colormaps["tab10"]
+    for i, label in enumerate(pages.experiments.LOSSES):
+        rows = next((rows for run, rows in found if run.label == label), [])
+        for row in rows[:1]:
+            values = np.mean([curve(each, "same mean") for each in rows], 0)
+            left.plot(range(1, len(values) + 1), values, color=colours(i), label=label, marker=".")
+            for axes, sign in ((middle, ">"), (right, "<")):
+                axes.plot(curve(row, "ratio"), curve(row, f"weight, A {sign} 0"),
+                          color=colours(i), linewidth=1.8, alpha=0.8)
+    plain(left, "cosine to GRPO's gradient, one mean over tokens", "update of one rollout")
+    left.legend(fontsize=8, frameon=False, ncols=2)
+    for axes, sign in ((middle, ">"), (right, "<")):
+        plain(axes, f"weight of a token, A {sign} 0", "its ratio")
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(-0.1, 2.6)
+        axes.xaxis.set_major_formatter("{x:g}")
+    return figure
+
+
+def length(name, found):
+    """The log-ratio of a token, its mean and its sum over an answer, against the length."""
+    figure = Figure(figsize=(5.5, 3.8), layout="constrained")
+    axes, rows = figure.subplots(), found[0][1]
+    at = np.mean([curve(row, "length") for row in rows], 0)
+    for what in ("a token", "the mean", "the sum"):
+        values = [curve(row, f"sd of {what}") for row in rows]
+        drawn, = axes.plot(at, np.mean(values, 0), marker="o", label=f"of {what}")
+        axes.fill_between(at, np.min(values, 0), np.max(values, 0), color=drawn.get_color(),
+                          alpha=0.14, linewidth=0)
+    middle = len(at) // 2
+    for what, power in (("the sum", 0.5), ("the mean", -0.5)):
+        value = np.mean([curve(row, f"sd of {what}")[middle] for row in rows])
+        axes.plot(at, value * (at / at[middle]) ** power, color="grey", linestyle="--", linewidth=1)
+    plain(axes, "log-ratio after 4 updates: standard deviation", "length of the answer, tokens")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.legend(fontsize=9, frameon=False)
+    return figure
+
+
 def corner(name, found):
     """80 steps where most break."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -241,7 +286,8 @@ HERE, GSPO, SELF_PLAY, GAD = (ROOT / "RL_HAND" / place / "images"
                               for place in ("", "gspo", "self_play", "gad"))
 FIGURES = {  # experiment -> what draws it, and where the figure goes
     "family": (family, HERE / "comparison.png"),
-    "stability": (stability, HERE / "stability.png"), "corner": (corner, HERE / "corner.png"),
+    **{each.__name__: (each, HERE / f"{each.__name__}.png")
+       for each in (stability, corner, gradients, length)},
     "hacking": (hacking, GSPO / "hacking.png"),
     **{name: (compared, GSPO / f"{name}.png") for name in ("default", "clip", "kl",
                                                            "learning_rate")},

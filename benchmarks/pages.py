@@ -17,6 +17,7 @@ import numpy as np
 import results
 from results import ROOT, curve, fifth, key_of
 
+LENGTHS = [1, 9, 15, 22, 30, 45]  # where the bins of measures.py begin
 TARGET = 0.8  # the held-out accuracy to which steps and tokens are counted
 CHINESE = {  # of what tables say
     "runs": "运行次数", "stale": "过期", "before": "训练前", "after": "训练后", "not run": "没有运行",
@@ -132,7 +133,7 @@ def note(rows, language):
                          for name in ("torch", "transformers"))
     threads = several(row["threads"] for row in rows)
     device = several(row["device"] for row in rows)
-    old = sorted({f"{row['script']} ({results.stale(row)})" for row in rows if results.stale(row)})
+    old = sorted({f"{row['script']} ({what})" for row in rows if (what := results.stale(row))})
     if language == "zh":
         text = f"提交 {commits}；种子 {seeds}；{versions}；{device}，每次运行 {threads} 个线程。"
         return f"*{text}*" + (f" **过期**：{', '.join(old)} 已经变了。" if old else "")
@@ -147,11 +148,10 @@ def family(found, language, *scripts):
     """The algorithms side by side, a column each."""
     found = {run.script: rows for run, rows in found}
     scripts = [name for name in scripts or found if name in found]
-    grpo = [float(row[phase]) for row in found.get("grpo", []) for phase in results.PHASES]
-    of_grpo = sum(grpo) / max(1, len(found.get("grpo", [])))
 
     def step(row):
-        return sum(float(row.get(phase, 0)) for phase in results.PHASES) / (of_grpo or np.nan)
+        return sum(float(row.get(phase, 0)) for phase in results.PHASES)
+    grpo = np.mean([step(row) for row in found["grpo"]]) if "grpo" in found else np.nan
     lines = {
         "runs": len,
         "sampled accuracy, before": lambda rows: over(rows, lambda row: sampled(row, 0)),
@@ -166,7 +166,8 @@ def family(found, language, *scripts):
         "tokens cut, last fifth": lambda rows: over(
             rows, lambda row: fifth(row, "clip_ratio/region_mean"), 4),
         "KL, last fifth, nats per token": lambda rows: over(rows, lambda row: fifth(row, "kl")),
-        "seconds of a step, GRPO's = 1": lambda rows: plain_mean(rows, step, 1)}
+        "seconds of a step, GRPO's = 1": lambda rows: plain_mean(
+            rows, lambda row: step(row) / grpo, 1)}
     return (markdown(["", *map(str.upper, scripts)],
                      [[said(name, language), *(value(found[script]) for script in scripts)]
                       for name, value in lines.items()]),
@@ -314,6 +315,33 @@ def corner(found, language):
             [row for _, rows in found for row in rows])
 
 
+def gradients(found, language):
+    """The cosine to GRPO's gradient at updates of one rollout; the first two, with each loss's own
+    mean and with GRPO's, say what is the loss and what is the mean."""
+    def at(rows, update, name="same mean"):
+        return mean([curve(row, name)[update - 1] for row in rows], 2)
+    updates = (2, 3, 5, 9, 16)
+    return (markdown([said(text, language) for text in ("update", "1, its own mean", "1")]
+                     + [str(n) for n in updates],
+                     [[run.label, at(rows, 1, "cosine"), at(rows, 1),
+                       *(at(rows, n) for n in updates)] for run, rows in found
+                      if run.label != "GRPO"]),
+            [row for _, rows in found for row in rows])
+
+
+def length(found, language):
+    """The log-ratio after 4 updates against the answer's length: means over seeds."""
+    rows = found[0][1]
+    names = ["answers", "length", "sd of a token", "sd of the mean", "sd of the sum"]
+    starts = LENGTHS
+    header = ["tokens", *(f"{low}–{high - 1}" for low, high in pairwise(starts)),
+              f"{starts[-1]}–"]
+    return (markdown([said(header[0], language), *header[1:]], [
+        [said(name, language), *(mean([curve(row, name)[i] for row in rows], digits)
+                                 for i in range(len(starts)))]
+        for name, digits in zip(names, (0, 1, 3, 3, 2))]), rows)
+
+
 def dose(*words):
     """Whether a run has these constants, and of the other doses' none."""
     others = {word for each in (experiments.OVERUSE, experiments.SOURCE) for word in each}
@@ -434,6 +462,8 @@ TABLES = {  # name -> experiments, function of their `groups`, the language and 
     "stability": (["stability"], stability),
     "failures": (["stability"], failures),
     "corner": (["corner"], corner),
+    "gradients": (["gradients"], gradients),
+    "length": (["length"], length),
     "hacking": (["hacking"], by_line("reward", "true accuracy, best", "true accuracy, end",
                                      "greedy, end", "reward model's score, end")),
     "clip": (["clip"], by_line("", "sampled after", "greedy after", "steps to 0.8",

@@ -10,8 +10,8 @@ A run is its script's code, the data that it reads, its constants and its seed:
           by its code, models file by file. Tables that experiments.py makes: by what makes them.
 
 A row has the run's facts, what its tables quote, and its curves, thinned: numbers with spaces
-between, the evaluations one by one, what each step measures as means of (about) 25 parts of the
-run. There is one row for each script, constants and seed, in results/<experiment>.csv of the first
+between, the evaluations one by one, what each step measures as means of 25 parts of the run (of
+the many runs of the map: of 5). There is one row for each script, constants and seed, in results/<experiment>.csv of the first
 experiment that has it; the tables and figures of the pages are made from these files alone.
 """
 
@@ -25,6 +25,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,7 +46,12 @@ CURVES = [  # of a row, by step: what figures and tables need
     "watched/implicit_accuracy", "pairs_per_prompt", "stage", "d_loss", "d_acc", "d_grad_norm",
     "student_score", "teacher_score", "score_gap", "d_spread", "d_rank", "frac_no_signal",
     "matches_teacher"]
+BRIEF = ["accuracy", "entropy", "clip_ratio/region_mean", "completions/mean_length", "grad_norm"]
 PHASES = ["time/rollout", "time/reward", "time/logps", "time/update"]  # mean seconds of a step
+
+
+class Hash(bytes):
+    """A sha256: so that what is large is read once."""
 
 
 def import_file(path):
@@ -77,12 +83,16 @@ def plain(node):
                                    if value not in (None, []) and name != "kind")]
 
 
+def hashed(part):
+    """The sha256 of a text or of bytes; one that was made is what it is."""
+    if isinstance(part, Hash):
+        return part
+    return Hash(hashlib.sha256(part.encode() if isinstance(part, str) else part).digest())
+
+
 def short(*parts):
-    """The first 12 digits of the sha256 of some texts or bytes."""
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(hashlib.sha256(part.encode() if isinstance(part, str) else part).digest())
-    return whole.hexdigest()[:12]
+    """The first 12 digits of the sha256 of some texts, bytes or hashes."""
+    return hashlib.sha256(b"".join(map(hashed, parts))).hexdigest()[:12]
 
 
 @functools.cache
@@ -131,13 +141,13 @@ def texts_in(value):
 
 @functools.cache
 def digest(path, changed):
-    """A file's content as bytes: of a table what is in it, of Python what is run."""
+    """The hash of a file: of a table what is in it, of Python what is run. `changed`: when."""
     if path.suffix == ".parquet":
-        return pd.read_parquet(path).to_csv(lineterminator="\n").encode()
+        return hashed(pd.read_parquet(path).to_csv(lineterminator="\n"))
     if path.suffix == ".py":
-        return code_of(path.read_text(encoding="utf-8")).encode()
+        return hashed(code_of(path.read_text(encoding="utf-8")))
     content = path.read_bytes()
-    return content if path.suffix == ".safetensors" else content.replace(b"\r\n", b"\n")
+    return hashed(content if path.suffix == ".safetensors" else content.replace(b"\r\n", b"\n"))
 
 
 def data_of(source, words, places=(ROOT,)):
@@ -165,8 +175,8 @@ def data_of(source, words, places=(ROOT,)):
 
 def normal(words):
     """A command line's constants in one order, less what identifies no run."""
-    return sorted(word for word in words if word.partition("=")[0] not in
-                  ("SEED", "OUTPUT_DIR", "PROFILE"))
+    return sorted((word for word in words if word.partition("=")[0] not in
+                   ("SEED", "OUTPUT_DIR", "PROFILE")), key=lambda word: (word[:8] != "MEASURE=", word))
 
 
 def key_of(script, words, seed):
@@ -184,31 +194,47 @@ def words_of(row):
     return row["constants"].split("; ") if row["constants"] else []
 
 
-def equalities():
-    """The pairs of codes that `experiments.py equal` found to give the same bits."""
-    return [{(row["script"], row["code_old"]), (row["script"], row["code_new"])}
-            for row in read(RESULTS / "equal.csv")]
-
-
-def same_code(script, one, other):
-    """Whether two codes of a script are the same, or were shown to be."""
-    known, more = set(), {(script, one)}
+def same_code(script, constants, one, other):
+    """Whether two codes of a script are the same, or `experiments.py equal` has shown that with
+    these constants they give the same bits."""
+    pairs = [{row["code_old"], row["code_new"]} for row in read(RESULTS / "equal.csv")
+             if (row["script"], row["constants"]) == (script, constants)]
+    known, more = set(), {one}
     while more:
         known |= more
-        more = set().union(*(pair for pair in equalities() if pair & known)) - known
-    return (script, other) in known
+        more = set().union(*(pair for pair in pairs if pair & known)) - known
+    return other in known
+
+
+def code_now(key):
+    """The code of a row's script as it is today; of what measures.py measures, with that. None: the
+    script is not there."""
+    source = source_of(key[0])
+    if source is None or not key[1].startswith(("MEASURE=gradients", "MEASURE=length")):
+        return source and code_of(source)
+    measures = (ROOT / "benchmarks" / "measures.py").read_text(encoding="utf-8")
+    return short(code_of(source), code_of(source_of("grpo")), code_of(measures))
 
 
 def stale(row):
     """What of a row is not today's: "", "script", "data" or both."""
-    source = source_of(row["script"])
-    if source is None:
+    now = code_now(key(row))
+    if now is None:
         return "script"
-    parts = ["script"] * (not same_code(row["script"], row["code"], code_of(source)))
-    return " and ".join(parts + ["data"] * (row["data"] != data_of(source, words_of(row))))
+    parts = ["script"] * (not same_code(*key(row)[:2], row["code"], now))
+    data = data_of(source_of(row["script"]), words_of(row))
+    return " and ".join(parts + ["data"] * (row["data"] != data))
 
 
 # ============================================= Rows =============================================
+
+
+def facts_here():
+    """The facts of a row that is made here and now."""
+    from importlib.metadata import version
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True, capture_output=True)
+    return {"commit": commit.stdout.strip()[:10], "python": platform.python_version(),
+            "torch": version("torch"), "transformers": version("transformers"), "device": "cpu"}
 
 
 def number(value, digits):
@@ -243,10 +269,9 @@ def key_in(folder):
     return None
 
 
-def row_of(folder, parts=25, end=""):
-    """The row of the run in a folder. `end`: why it ended before its last step.
-
-    parts: how many means of what each step measures; of the accuracy there are always 25."""
+def row_of(folder, brief=False, end=""):
+    """The row of the run in a folder. `end`: why it ended before its last step. `brief`: of what
+    each step measures but the accuracy a few curves, of 5 numbers each."""
     (facts, source), (script, constants, seed) = facts_of(folder), key_in(folder)
     words, table = facts["command"][1:], pd.read_csv(folder / "metrics.csv")
     places = [*dict.fromkeys([*map(Path, reversed(facts["places"])), ROOT])]
@@ -266,9 +291,9 @@ def row_of(folder, parts=25, end=""):
         digits = 7 if name == "num_tokens" else 4
         row["at " * (not name.startswith("eval/")) + name] = " ".join(
             number(value, digits) for value in evaluations[name])
-    for name in CURVES:
+    for name in BRIEF if brief else CURVES:
         if name in trained and trained[name].notna().any():
-            row[name] = thinned(trained[name], 25 if name == "accuracy" else parts)
+            row[name] = thinned(trained[name], 5 if brief and name != "accuracy" else 25)
     return {name: str(value) for name, value in row.items()}
 
 
@@ -310,14 +335,15 @@ def write(path, rows):
     """Write rows whole, sorted, in the place of the old file; without any there is no file."""
     if not rows:
         return path.unlink(missing_ok=True)
-    known = [*FACTS, *PHASES, *("at " * ("/" not in name) + name for name in EVALUATIONS), *CURVES]
+    known = [*FACTS[:4], "code_old", "code_new", *FACTS[4:], *PHASES, *("at " * ("/" not in name) + name for name in EVALUATIONS), *CURVES]
     names = dict.fromkeys(name for row in rows for name in row)
     columns = [*(name for name in known if name in names), *sorted(names.keys() - set(known))]
     new = path.with_name(f".{path.name}")
     with new.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         table.writeheader()
-        table.writerows(sorted(rows, key=lambda row: [natural(text) for text in key(row)]))
+        table.writerows(sorted(rows, key=lambda row: [natural(row.get(name, "")) for name in (
+            "script", "constants", "seed", "code_old", "code_new")]))
     os.replace(new, path)
 
 

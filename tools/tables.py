@@ -8,6 +8,8 @@ gspo.py outside the Algorithm group, in a script's README the others that it has
 group, and what has another name or value there. Between <!-- diff NAME --> and <!-- end --> stands
 how the README's script differs from the script NAME in what it does: see `lesson`. Between
 <!-- architectures --> and <!-- end --> stand the kinds of models that were tried: ARCHITECTURES.
+Between <!-- results NAME --> and <!-- end --> stands a table of benchmarks/pages.py, made from the
+rows of benchmarks/results/ in the page's language.
 """
 
 import ast
@@ -15,6 +17,7 @@ import difflib
 import itertools
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "RL_HAND"
@@ -91,8 +94,12 @@ def architectures():
     return "\n".join(rows) + "\n\n*By `tests/test_models.py`, with {} {}.*".format(*version)
 
 
-def refreshed(text, name, rows):
+def refreshed(text, name, rows, language="en"):
     """A page's text with its generated parts made anew; `name` is its script."""
+    if "<!-- results " in text:
+        if (benchmarks := str(Path(__file__).resolve().parents[1] / "benchmarks")) not in sys.path:
+            sys.path.append(benchmarks)
+        text = import_module("pages").with_tables(text, language)
     text = re.sub(r"(<!-- architectures -->\n).*?(?=<!-- end -->)",
                   lambda at: f"{at[1]}{architectures()}\n", text, flags=re.S)
     text = re.sub(r"(<!-- diff (\w+) -->\n).*?(?=<!-- end -->)", lambda at:
@@ -102,11 +109,13 @@ def refreshed(text, name, rows):
 
 
 def main(arguments):
-    """Refresh or check constants.md, the project's README and that of every script."""
+    """Refresh or check the pages beside the scripts, the project's and benchmarks' README."""
     shared = [pair for pair in constants(source_of("gspo")) if pair[0] != "Algorithm"]
-    pages = [(FOLDER / "constants.md", "gspo", shared)]
-    if (FOLDER.parent / "README.md").exists():
-        pages.append((FOLDER.parent / "README.md", "gspo", []))
+    pages = [(page, "gspo", shared) for page in sorted(FOLDER.glob("*.md"))
+             if ".zh-CN" not in page.name]
+    pages += [(page, "gspo", []) for page in (FOLDER.parent / "README.md",
+                                              FOLDER.parent / "benchmarks" / "README.md")
+              if page.exists()]
     for name in sorted(path.stem for path in FOLDER.glob("*/*.py")):
         if (page := FOLDER / name / "README.md").exists():
             own = [pair for pair in constants(source_of(name)) if pair not in shared]
@@ -116,7 +125,7 @@ def main(arguments):
     stale = []
     for page, name, rows in pages:
         text = page.read_text(encoding="utf-8")
-        new = refreshed(text, name, rows)
+        new = refreshed(text, name, rows, "zh" if ".zh-CN" in page.name else "en")
         if new != text:
             stale.append(str(page.relative_to(FOLDER.parent)))
             if "--check" not in arguments:
