@@ -408,7 +408,7 @@ def probe(source, script, words, folder):
     path.write_text(source, encoding="utf-8")
     words = [*words, *PROBES.get(script, PROBE), "PROFILE=embedded", "SEED=0"]
     done = subprocess.run([sys.executable, str(path), f"OUTPUT_DIR={folder / 'run'}", *words],
-                          cwd=ROOT, capture_output=True, text=True)
+                          cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise SystemExit(f"error: {script} {' '.join(words)}: {done.stderr.strip()[-300:]}")
     table = pd.read_csv(folder / "run" / "metrics.csv", dtype=str)
@@ -418,8 +418,7 @@ def probe(source, script, words, folder):
 def text_with(code, script, commits, folder=None):
     """The text of a script that has this code: from git, by one of the commits, or from the runs in
     a folder."""
-    found = [subprocess.run(["git", "show", f"{commit}:RL_HAND/{script}/{script}.py"], cwd=ROOT,
-                            capture_output=True).stdout.decode() for commit in commits]
+    found = [results.git("show", f"{commit}:RL_HAND/{script}/{script}.py") for commit in commits]
     found += [results.facts_of(run)[1] for run in Path(folder).glob("*_seed*")
               if results.facts_of(run)] if folder else []
     for text in filter(None, found):
@@ -435,8 +434,6 @@ def show_equal(script, folder=None):
     rows are no longer stale. Returns whether anything differed."""
     today, path = source_of(script) or "", results.RESULTS / "equal.csv"
     code_new, place = results.code_of(today), RUNS / "probe"
-    head = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, text=True,
-                          capture_output=True).stdout.strip()
     rows = [row for row in results.all_rows().values() if row["script"] == script
             and "MEASURE=" not in row["constants"] and not
             results.same_code(script, row["constants"], row["code"], code_new)]
@@ -456,8 +453,9 @@ def show_equal(script, folder=None):
         differed |= bool(lost)
         if not lost:
             shown = {"script": script, "constants": constants, "code_old": code,
-                     "code_new": code_new, "commit": head, "shown by": f"{len(one.columns)} metrics"
-                     f" of {len(one) - 1} steps: python benchmarks/experiments.py equal {script}"}
+                     "code_new": code_new, "commit": results.facts_here()["commit"],
+                     "shown by": f"{len(one.columns)} metrics of {len(one) - 1} steps: python "
+                                 f"benchmarks/experiments.py equal {script}"}
             results.write(path, [*results.read(path), shown])
     return differed
 

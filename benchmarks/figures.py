@@ -1,4 +1,4 @@
-"""The figures of the pages, drawn of the rows in results/: `experiments.py figures` calls `draw`."""
+"""The figures of the pages, drawn of the rows in results/ by `experiments.py figures`."""
 
 import matplotlib
 import numpy as np

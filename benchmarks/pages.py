@@ -368,7 +368,8 @@ def self_play(found, language):
         ["log-prob of the watched pairs: chosen, rejected", pair(0), pair(-1), ""],
         ["watched pairs in order", over(rows, lambda row: curve(row, order)[0]),
          over(rows, lambda row: curve(row, order)[-1]), ""],
-        ["rounds to 0.8 sampled", "", over(rows, lambda row: reached(row, "at step"), 1), ""]]), rows
+        ["rounds to 0.8 sampled", "", over(rows, lambda row: reached(row, "at step"), 1), ""],
+    ]), rows
 
 
 def variations(found, language):
@@ -377,6 +378,88 @@ def variations(found, language):
               or "as shipped", *(", ".join(f"{what(row):.3f}" for row in rows)
                                  for what in (sampled, greedy))] for run, rows in found]
     return (markdown(["", "sampled, each seed", "greedy, each seed"], lines),
+            [row for _, rows in found for row in rows])
+
+
+# ---- Experts
+
+
+def measured(rows, name, percent=False):
+    """Mean and error of a number of rows of routing.py."""
+    values = [float(row[name]) for row in rows if name in row]
+    if not values:
+        return "-"
+    middle, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{middle:.1%} ± {error:.1%}" if percent else f"{middle:.1e} ± {error:.0e}"
+
+
+def of_routing(script, **given):
+    """The rows of routing.py with these constants."""
+    words = {f"{name}={value}" for name, value in given.items()}
+    return [row for row in results.read(results.RESULTS / "routing.csv")
+            if row["script"] == script and words <= {*results.words_of(row)}]
+
+
+def routing(found, language):
+    """Engine KL by updates, and where sampler and trainer choose other experts."""
+    header = ["updates", "routers changed", "tokens with a change", "layers changed, of a token",
+              "engine KL: dense", "experts, none", "R2", "R3", "tokens beyond 2: none", "R3"]
+    lines, rows = [], []
+    for updates in (0, 1, 4, 16):
+        dense = of_routing("grpo", updates=updates)
+        none, two, three = (of_routing("moe", updates=updates, replay=replay)
+                            for replay in ("none", "R2", "R3"))
+        rows += [*dense, *none, *two, *three]
+        lines.append([updates, measured(none, "routers", True), measured(none, "tokens", True),
+                      mean([float(row["layers"]) for row in none], 2),
+                      *(measured(some, "engine_kl") for some in (dense, none, two, three)),
+                      *(measured(some, "extreme", True) for some in (none, three))])
+    return markdown([said(text, language) for text in header], lines), rows
+
+
+def flips(found, language):
+    """What other experts alone do to ratios, after one update."""
+    header = ["learning rate", "routers changed", "answers moved by more than GSPO's clip width",
+              "tokens moved by more than 0.2", "sd of tokens: free", "forced",
+              "sd of answers: free", "forced"]
+    lines, rows = [], []
+    for rate in ("0.0001", "1e-06"):
+        some = of_routing("moe", rate=rate)
+        rows += some
+        lines.append([rate, *(measured(some, name, True) for name in (
+            "routers", "answers", "tokens beyond 0.2")), *(measured(some, name) for name in (
+                "sd of tokens", "sd of tokens, forced", "sd of answers", "sd of answers, forced"))])
+    return markdown([said(text, language) for text in header], lines), rows
+
+
+def noise(found, language):
+    """A sampler whose routers choose by noisy logits."""
+    header = ["noise, in stds of the logits", "routers changed", "the sampler's accuracy",
+              "engine KL: none", "R3"]
+    lines, rows = [], []
+    for size in (0.1, 0.3, 1.0):
+        none, three = (of_routing("moe", noise=size, replay=replay) for replay in ("none", "R3"))
+        rows += [*none, *three]
+        lines.append([size, measured(none, "routers", True), measured(none, "accuracy", True),
+                      measured(none, "engine_kl"), measured(three, "engine_kl")])
+    return markdown([said(text, language) for text in header], lines), rows
+
+
+def experts(found, language):
+    """Runs with experts: a line for each."""
+    def largest(rows, name):
+        return ", ".join(f"{curve(row, name).max():.3g}" for row in rows)
+    header = ["", "sampled after", "greedy after", "gradient norm, max", "largest token ratio",
+              "largest ratio of an answer", "engine KL", "routers changed",
+              "effective experts, least of a layer"]
+    lines = [[said(run.label, language), over(rows, sampled), over(rows, greedy),
+              ", ".join(f"{curve(row, 'grad_norm').max():.2g}" for row in rows),
+              largest(rows, "ratio/token_max"), largest(rows, "ratio/sequence_max"),
+              measured([{"x": curve(row, "engine_kl").mean()} for row in rows], "x"),
+              over(rows, lambda row: curve(row, "routing/routers_changed").mean()),
+              over(rows, lambda row: curve(row, "experts/effective_min")[-1], 1)]
+             for run, rows in found]
+    return (markdown([said(text, language) for text in header], lines),
             [row for _, rows in found for row in rows])
 
 
@@ -436,7 +519,8 @@ def gad_collapses(found, language):
         "the teacher's text, last 10": last("matches_teacher"),
         "length, last 10, tokens": last("completions/mean_length", 1)}
     return (markdown(["", *(run.label for run, _ in found)],
-                     [[name, *(value(rows) for _, rows in found)] for name, value in lines.items()]),
+                     [[name, *(value(rows) for _, rows in found)]
+                      for name, value in lines.items()]),
             [row for _, rows in found for row in rows])
 
 
@@ -484,6 +568,8 @@ TABLES = {  # name -> experiments, function of their `groups`, the language and 
     "gad_remedies": (["gad_remedies"], gad_collapses),
     "gad_teachers": (["gad_teachers"], gad_outcomes),
     "gad_few": (["gad_few"], gad_outcomes),
+    "routing": ([], routing), "flips": ([], flips), "noise": ([], noise),
+    "experts": (["experts"], experts),
 }
 
 
@@ -494,9 +580,9 @@ def table(name, language="en"):
         raise SystemExit(f"error: no table {name!r}; expected one of {', '.join(TABLES)}")
     wanted, function = TABLES[name]
     found = [pair for each in wanted for pair in groups(each)]
-    if not found:
+    text, rows = function(found, language, *words) if found or not wanted else ("", [])
+    if not rows:
         return said("not run", language)
-    text, rows = function(found, language, *words)
     return f"{text}\n\n{note(rows, language)}"
 
 

@@ -11,8 +11,9 @@ A run is its script's code, the data that it reads, its constants and its seed:
 
 A row has the run's facts, what its tables quote, and its curves, thinned: numbers with spaces
 between, the evaluations one by one, what each step measures as means of 25 parts of the run (of
-the many runs of the map: of 5). There is one row for each script, constants and seed, in results/<experiment>.csv of the first
-experiment that has it; the tables and figures of the pages are made from these files alone.
+the many runs of the map: of 5). There is one row for each script, constants and seed, in
+results/<experiment>.csv of the first experiment that has it; the tables and figures of the pages
+are made from these files alone.
 """
 
 import ast
@@ -45,7 +46,9 @@ CURVES = [  # of a row, by step: what figures and tables need
     "kl_divergence", "watched/chosen_logp", "watched/rejected_logp", "watched/preference_accuracy",
     "watched/implicit_accuracy", "pairs_per_prompt", "stage", "d_loss", "d_acc", "d_grad_norm",
     "student_score", "teacher_score", "score_gap", "d_spread", "d_rank", "frac_no_signal",
-    "matches_teacher"]
+    "matches_teacher", "engine_kl", "engine_extreme", "routing/routers_changed",
+    "routing/tokens_changed", "routing/layers_changed", "ratio/token_max", "ratio/sequence_max",
+    "experts/effective_min", "experts/busiest_max"]
 BRIEF = ["accuracy", "entropy", "clip_ratio/region_mean", "completions/mean_length", "grad_norm"]
 PHASES = ["time/rollout", "time/reward", "time/logps", "time/update"]  # mean seconds of a step
 
@@ -175,8 +178,9 @@ def data_of(source, words, places=(ROOT,)):
 
 def normal(words):
     """A command line's constants in one order, less what identifies no run."""
-    return sorted((word for word in words if word.partition("=")[0] not in
-                   ("SEED", "OUTPUT_DIR", "PROFILE")), key=lambda word: (word[:8] != "MEASURE=", word))
+    kept = (word for word in words
+            if word.partition("=")[0] not in ("SEED", "OUTPUT_DIR", "PROFILE"))
+    return sorted(kept, key=lambda word: (word[:8] != "MEASURE=", word))
 
 
 def key_of(script, words, seed):
@@ -229,11 +233,16 @@ def stale(row):
 # ============================================= Rows =============================================
 
 
+def git(*arguments):
+    """What a command of git prints; nothing where it fails."""
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8",
+                          errors="replace").stdout
+
+
 def facts_here():
     """The facts of a row that is made here and now."""
     from importlib.metadata import version
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True, capture_output=True)
-    return {"commit": commit.stdout.strip()[:10], "python": platform.python_version(),
+    return {"commit": git("rev-parse", "HEAD").strip()[:10], "python": platform.python_version(),
             "torch": version("torch"), "transformers": version("transformers"), "device": "cpu"}
 
 
@@ -242,10 +251,10 @@ def number(value, digits):
     return f"{float(value):.{digits}g}"
 
 
-def thinned(values, parts):
-    """At most so many numbers: the means of equal parts of the values."""
+def thinned(values, parts, how=np.mean):
+    """At most so many numbers: the means of equal parts of the values, or what `how` makes."""
     with np.errstate(all="ignore"):
-        means = [part[~np.isnan(part)].mean() if not np.isnan(part).all() else np.nan
+        means = [how(part[~np.isnan(part)]) if not np.isnan(part).all() else np.nan
                  for part in np.array_split(np.asarray(values, float), min(parts, len(values)))]
     return " ".join(number(mean, 3) for mean in means)
 
@@ -293,7 +302,8 @@ def row_of(folder, brief=False, end=""):
             number(value, digits) for value in evaluations[name])
     for name in BRIEF if brief else CURVES:
         if name in trained and trained[name].notna().any():
-            row[name] = thinned(trained[name], 5 if brief and name != "accuracy" else 25)
+            row[name] = thinned(trained[name], 5 if brief and name != "accuracy" else 25,
+                                np.max if name.endswith("_max") else np.mean)
     return {name: str(value) for name, value in row.items()}
 
 
@@ -327,15 +337,16 @@ def read(path):
         return []
     csv.field_size_limit(10**7)
     with path.open(newline="", encoding="utf-8") as file:
-        return [{name: text for name, text in row.items() if text}
-                | {name: row[name] for name in FACTS if name in row} for row in csv.DictReader(file)]
+        return [{name: text for name, text in row.items() if text or name in FACTS}
+                for row in csv.DictReader(file)]
 
 
 def write(path, rows):
     """Write rows whole, sorted, in the place of the old file; without any there is no file."""
     if not rows:
         return path.unlink(missing_ok=True)
-    known = [*FACTS[:4], "code_old", "code_new", *FACTS[4:], *PHASES, *("at " * ("/" not in name) + name for name in EVALUATIONS), *CURVES]
+    known = [*FACTS[:4], "code_old", "code_new", *FACTS[4:], *PHASES,
+             *("at " * ("/" not in name) + name for name in EVALUATIONS), *CURVES]
     names = dict.fromkeys(name for row in rows for name in row)
     columns = [*(name for name in known if name in names), *sorted(names.keys() - set(known))]
     new = path.with_name(f".{path.name}")
@@ -363,7 +374,7 @@ def all_rows():
 def alone(folder):
     """One writer at a time: the others wait. (Windows: start one only.)"""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".rows").open("a") as file:
+    with (folder / ".rows").open("ab") as file:
         if sys.platform != "win32":
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX)

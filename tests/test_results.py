@@ -310,7 +310,9 @@ def test_every_table_and_figure_can_be_made(folder):
     curves = [*results.CURVES, "cosine", "same mean", "answers", "length", "sd of a token",
               "sd of the mean", "sd of the sum"]
     row = dict.fromkeys(names, "1") | dict.fromkeys(curves, "0.1 " * 25) | results.row_of(
-        a_run(folder / "runs", end=100)) | {"at step": "0 1 2", "eval/accuracy": "0.2 0.5 0.9"}
+        a_run(folder / "runs", end=100)) | dict.fromkeys(
+            ("at step", "at seconds", "at num_tokens"), "0 1 2") | dict.fromkeys(
+            ("eval/accuracy", "eval/accuracy_greedy", "eval/mean_length"), "0.2 0.5 0.9")
     new = [row | dict(zip(("script", "constants", "seed"), key)) for key in experiments.owners()]
     results.keep(new, experiments.owners(), folder)
     for name in pages.TABLES:
