@@ -2,7 +2,8 @@
 
 Between <!-- results NAME --> and <!-- end --> stands the table NAME of TABLES; words behind the
 name choose columns (`<!-- results family grpo gspo -->`). Each ends in a line that says what runs
-it is of, and whether one of them is stale: not of today's script or data.
+it is of, and whether one of them is stale: not of today's script or data. While rows are missing,
+the older table stays.
 
     python benchmarks/pages.py             # print every table that has rows
     python benchmarks/pages.py clip kl     # only these
@@ -586,10 +587,22 @@ def table(name, language="en"):
     return f"{text}\n\n{note(rows, language)}"
 
 
+def whole(name):
+    """Whether every run of a table has its row."""
+    name, *words = name.split()
+    runs = [run for each in TABLES.get(name, ([], None))[0] for run in experiments.EXPERIMENTS[each]
+            if run.script in words or not words]
+    rows = results.all_rows()
+    return all(key_of(run.script, run.constants, seed) in rows
+               for run in runs for seed in run.seeds)
+
+
 def with_tables(text, language):
-    """A page's text with its tables made anew."""
-    return re.sub(r"(<!-- results ([\w ]+?) -->\n).*?(?=<!-- end -->)",
-                  lambda at: f"{at[1]}{table(at[2], language)}\n", text, flags=re.S)
+    """A page's text with its tables made anew. A table that lacks rows stays as it is, if there is
+    one: it says itself of what runs it is."""
+    return re.sub(r"(<!-- results ([\w ]+?) -->\n)(.*?)(?=<!-- end -->)", lambda at: at[0]
+                  if at[3].strip() and not whole(at[2]) else
+                  f"{at[1]}{table(at[2], language)}\n", text, flags=re.S)
 
 
 def shown_in(name):
