@@ -29,7 +29,6 @@ CHINESE = {  # of what tables say
     "tokens cut, last fifth": "被裁剪的 token，后五分之一",
     "KL, last fifth, nats per token": "KL，后五分之一，每个 token 多少 nat",
     "seconds of a step, GRPO's = 1": "每步的秒数，GRPO 为 1",
-    "within noise": "在噪声之内", "more than noise": "超出噪声", "one run only": "只有一次运行",
     "after 100 steps": "100 步之后", "sampled accuracy": "采样准确率", "greedy accuracy": "贪心准确率",
     "tokens cut by the clip": "被裁剪的 token", "(first 20 steps)": "（前 20 步）",
     "(last 20)": "（后 20 步）", "KL to the start, nats per token": "对起始策略的 KL，每个 token 多少 nat",
@@ -176,21 +175,24 @@ def family(found, language, *scripts):
 
 
 def differences(found, language, *scripts):
-    """Differences of the final sampled accuracy, and which exceed twice their standard error."""
+    """Differences of the final sampled accuracy, line less column; in bold what exceeds twice its
+    standard error."""
     found = {run.script: rows for run, rows in found}
-    names, lines = [name for name in scripts or found if name in found], []
-    for i, a in enumerate(names):
-        for b in names[i + 1:]:
-            one, other = (np.array([sampled(row) for row in found[name]]) for name in (a, b))
-            gap, verdict = one.mean() - other.mean(), "one run only"
-            if min(len(one), len(other)) > 1:
-                error = (one.var(ddof=1) / len(one) + other.var(ddof=1) / len(other)) ** 0.5
-                verdict = "within noise" if abs(gap) <= 2 * error else "more than noise"
-            colon, comma = ("：", "，") if language == "zh" else (": ", ", ")
-            text = f"- {a} - {b}{colon}{gap:+.3f}"
-            text += f" ± {error:.3f}" if verdict != "one run only" else ""
-            lines.append(f"{text}{comma}{said(verdict, language)}")
-    return "\n".join(lines), [row for name in names for row in found[name]]
+    names = [name for name in scripts or found if name in found]
+    last = {name: np.array([sampled(row) for row in found[name]]) for name in names}
+    lines = []
+    for a in names[:-1]:
+        line = [f"{a.upper()} −"]
+        for b in names[1:]:
+            gap = last[a].mean() - last[b].mean()
+            error = sum(each.var(ddof=1) / len(each) if len(each) > 1 else np.inf
+                        for each in (last[a], last[b])) ** 0.5
+            text = f"{gap:+.3f}" + (f" ± {error:.3f}" if np.isfinite(error) else "")
+            text = f"**{text}**" if abs(gap) > 2 * error else text
+            line.append(text if names.index(a) < names.index(b) else "")
+        lines.append(line)
+    return (markdown(["", *map(str.upper, names[1:])], lines),
+            [row for name in names for row in found[name]])
 
 
 def default(found, language):
@@ -567,8 +569,7 @@ TABLES = {  # name -> experiments, function of their `groups`, the language and 
     "gad_variations": (["gad_variations"], gad_variations),
     "gad_collapses": (["gad_collapses"], gad_collapses),
     "gad_remedies": (["gad_remedies"], gad_collapses),
-    "gad_teachers": (["gad_teachers"], gad_outcomes),
-    "gad_few": (["gad_few"], gad_outcomes),
+    "gad_teachers": (["gad_teachers", "gad_few"], gad_outcomes),
     "routing": ([], routing), "flips": ([], flips), "noise": ([], noise),
     "experts": (["experts"], experts),
 }
