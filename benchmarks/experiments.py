@@ -2,7 +2,7 @@
 
     python benchmarks/experiments.py              # all that is missing, what is quoted most first
     python benchmarks/experiments.py hacking kl   # only these
-    python benchmarks/experiments.py quick        # one seed of some
+    python benchmarks/experiments.py quick        # one seed of some, in 25 minutes on two cores
     python benchmarks/experiments.py list         # what is done, stale, missing, and what it takes
     python benchmarks/experiments.py stale        # rows that are not today's, and who shows them
     python benchmarks/experiments.py rows FOLDER  # take the finished runs in it; runs/experiments
@@ -193,7 +193,7 @@ EXPERIMENTS = {  # in the order in which they are made
                 ("GSPO", "sequence", "none"), ("GSPO", "sequence", "R3")))))),
 }
 BRIEF = ("stability", "corner")  # with fewer curves in a row; and the KL of the last checkpoint
-QUICK = ["family", "clip", "hacking", "self_play", "gad"]  # with seed 0; and the map's corner
+QUICK = ["family", "clip", "hacking", "self_play", "gad", "stability"]  # what is_quick of them
 
 
 def jobs_of(name):
@@ -460,8 +460,26 @@ def show_equal(script, folder=None):
     return differed
 
 
+def is_quick(job):
+    """Whether a run is one of the quick ones: with seed 0; of the map the corner 4e-4 x 16."""
+    words = {*job[2]}
+    return "SEED=0" in words and ("EVAL_EVERY=0" not in words or
+                                  {"LEARNING_RATE=4e-4", "MINIBATCH=32"} <= words)
+
+
+def show(names):
+    """Draw the figures and print the tables of experiments, as far as there are rows."""
+    results.import_file(ROOT / "benchmarks" / "figures.py").draw(names)
+    pages = results.import_file(ROOT / "benchmarks" / "pages.py")
+    for name, (experiments, _) in pages.TABLES.items():
+        if {*experiments} & {*names}:
+            print(f"\n## {name}\n\n{pages.table(name)}")
+
+
 def main(arguments):
     """The commands above; whether one failed."""
+    if {"-h", "--help"} & {*arguments}:
+        return print(__doc__)
     names = [word for word in arguments if not word.startswith("WORKERS=")]
     workers = int(next((word[8:] for word in arguments if word.startswith("WORKERS=")), 0))
     command, *rest = names or ["all"]
@@ -474,18 +492,15 @@ def main(arguments):
                               for folder in sorted(Path(place).glob("*_seed*"))]), "rows")
     if command == "equal" and rest:
         return show_equal(*rest)
-    only, drawn = (lambda job: True), names or [*EXPERIMENTS]
-    if command == "quick":
-        drawn = QUICK
-        only = lambda job: "SEED=0" in job[2] and (job[0] != "moe")  # noqa: E731
-    elif command == "figures":
-        drawn = rest or [*EXPERIMENTS]
-    for name in drawn:
+    chosen = (QUICK if command == "quick" else rest if command == "figures" else names
+              ) or [*EXPERIMENTS]
+    for name in chosen:
         if name not in EXPERIMENTS:
             raise SystemExit(f"error: no experiment {name!r}; expected some of "
-                             f"{', '.join(EXPERIMENTS)}; or list, stale, rows, equal, quick")
-    failures = make(drawn, only, workers) if command != "figures" else []
-    results.import_file(ROOT / "benchmarks" / "figures.py").draw(drawn)
+                             f"{', '.join(EXPERIMENTS)}; or a command of --help")
+    failures = [] if command == "figures" else make(
+        chosen, is_quick if command == "quick" else lambda job: True, workers)
+    show(chosen)
     print("\n".join(failures))
     return bool(failures)
 

@@ -204,6 +204,53 @@ def test_a_stale_row_gives_way_and_never_takes_the_place_of_a_current_one(folder
     assert [results.stale(row) for row in results.all_rows().values()] == [""]
 
 
+SCRIPT = """
+import json, pathlib, sys
+A = 0
+DEFAULTS = {}
+given = dict(word.split("=", 1) for word in sys.argv[1:])
+folder = pathlib.Path(given["OUTPUT_DIR"])
+(folder / "epoch_0").mkdir(parents=True)
+(folder / "epoch_0" / "train_script.py").write_bytes(pathlib.Path(__file__).read_bytes())
+(folder / "epoch_0" / "constants.json").write_text(json.dumps({
+    "script": "fake", "command": sys.argv, "commit": "0123456789abcdef", "places": [], "torch": "2",
+    "transformers": "5", "device": "cpu", "constants": {"THREADS": 1}}))
+(folder / "metrics.csv").write_text("step,num_tokens,step_time,eval/accuracy,eval/accuracy_greedy,"
+                                    "eval/mean_length\\n0,0,1,0.5,0.5,9\\n1,9,1,0.5,0.5,9\\n")
+if given.get("A") == "1":
+    sys.exit("error: step 2, policy: it is nan; expected finite gradients: lower LEARNING_RATE")
+if given.get("A") == "2":
+    sys.exit("error: another")
+"""
+
+
+def test_runs_are_made_once_and_what_failed_for_its_numbers_has_a_row(folder, monkeypatch, capsys):
+    """A run that fails for any other reason is reported, and tried again."""
+    (folder / "fake").mkdir()
+    (folder / "fake" / "fake.py").write_text(SCRIPT, encoding="utf-8")
+    compare = results.import_file(ROOT / "RL_HAND" / "compare.py")
+    monkeypatch.setattr(compare, "HERE", folder)
+    monkeypatch.setattr(results, "import_file", lambda path: compare)
+    for module in (results, experiments):
+        monkeypatch.setattr(module, "source_of", lambda name: SCRIPT)
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {
+        "one": experiments.runs(1, ("fake", []), ("fake", ["A=1"])),
+        "two": experiments.runs(1, ("fake", []), ("fake", ["A=2"]))})
+    failures = experiments.make(["one", "two"], workers=3)
+    assert [line.partition(" ")[0] for line in sorted(failures)] == ["fake_A=1_seed0",
+                                                                     "fake_A=2_seed0"]
+    assert {row["constants"]: row["end"] for row in results.all_rows().values()} == {
+        "": "", "A=1": "not finite"}
+    assert "3 of 3 runs" in capsys.readouterr().out
+    assert len(experiments.make(["one", "two"])) == 1 and "1 of 3" in capsys.readouterr().out
+    changed = SCRIPT.replace("A = 0", "A = 3")
+    (folder / "fake" / "fake.py").write_text(changed, encoding="utf-8")
+    for module in (results, experiments):
+        monkeypatch.setattr(module, "source_of", lambda name: changed)
+    assert len(experiments.make(["one"])) == 1 and "2 of 2 runs" in capsys.readouterr().out
+    assert {row["code"] for row in results.all_rows().values()} == {results.code_of(changed)}
+
+
 WRITER = """
 import sys
 sys.path.insert(0, sys.argv[1])
