@@ -231,7 +231,8 @@ COLUMNS = {  # of tables with a run a line
     "reward model's score, end": lambda rows: over(rows, lambda row: fifth(row, "rewards/model")),
     "sampled": lambda rows: over(rows, sampled), "greedy": lambda rows: over(rows, greedy),
     "best on the way": lambda rows: over(rows, best),
-    "KL per answer": lambda rows: over(rows, lambda row: float(row["final KL per answer"]), 2),
+    "KL per answer": lambda rows: over(rows, lambda row: float(
+        row.get("final KL per answer", np.nan)), 2),
     "chosen, rejected log-prob": lambda rows: ", ".join(
         over(rows, lambda row: curve(row, f"watched/{name}_logp")[-1], 2)  # noqa: B023
         for name in ("chosen", "rejected")),
@@ -285,9 +286,12 @@ def stability(found, language):
             text = mean([0.0 if each["end"] else sampled(each) for each in some], 2).split(" ±")[0]
             row.append(f"{text} ({bad} {said('failed', language)})" if bad else text)
         lines.append(row)
-    return (markdown([said("learning rate × updates per rollout", language),
-                      *(f"{rate} × {n}" for rate, n in places)], lines),
-            [row for rows in known.values() for row in rows])
+    rule = ("失败：最后的留出采样准确率比开始时低，或者梯度不再是有限的数。" if language == "zh" else
+            "Failed: it ends below where it began, by the sampled held-out accuracy, or its gradients "
+            "are no longer finite.")
+    table = markdown([said("learning rate × updates per rollout", language),
+                      *(f"{rate} × {n}" for rate, n in places)], lines)
+    return f"{table}\n\n{rule}", [row for rows in known.values() for row in rows]
 
 
 def failures(found, language):
@@ -392,8 +396,11 @@ def measured(rows, name, percent=False):
     values = [float(row[name]) for row in rows if name in row]
     if not values:
         return "-"
-    middle, error = np.mean(values), np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{middle:.1%} ± {error:.1%}" if percent else f"{middle:.1e} ± {error:.0e}"
+    text = ("{:.1%}" if percent else "{:.1e}").format(np.mean(values))
+    if len(values) > 1:
+        text += " ± " + ("{:.1%}" if percent else "{:.0e}").format(
+            np.std(values, ddof=1) / len(values) ** 0.5)
+    return text
 
 
 def of_routing(script, **given):

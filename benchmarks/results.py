@@ -283,7 +283,7 @@ def row_of(folder, brief=False, end=""):
     each step measures but the accuracy a few curves, of 5 numbers each."""
     (facts, source), (script, constants, seed) = facts_of(folder), key_in(folder)
     words, table = facts["command"][1:], pd.read_csv(folder / "metrics.csv")
-    places = [*dict.fromkeys([*map(Path, reversed(facts["places"])), ROOT])]
+    places = [*dict.fromkeys([*map(Path, facts["places"]), ROOT])]
     here = folder.resolve().is_relative_to(ROOT)
     table["seconds"] = table["step_time"].fillna(0).cumsum()
     evaluations, trained = table.dropna(subset=["eval/accuracy"]), table[table.step > 0]
