@@ -287,8 +287,8 @@ def stability(found, language):
             row.append(f"{text} ({bad} {said('failed', language)})" if bad else text)
         lines.append(row)
     rule = ("失败：最后的留出采样准确率比开始时低，或者梯度不再是有限的数。" if language == "zh" else
-            "Failed: it ends below where it began, by the sampled held-out accuracy, or its gradients "
-            "are no longer finite.")
+            "Failed: it ends below where it began, by the sampled held-out accuracy, or its "
+            "gradients are no longer finite.")
     table = markdown([said("learning rate × updates per rollout", language),
                       *(f"{rate} × {n}" for rate, n in places)], lines)
     return f"{table}\n\n{rule}", [row for rows in known.values() for row in rows]
