@@ -396,11 +396,11 @@ def measured(rows, name, percent=False):
     values = [float(row[name]) for row in rows if name in row]
     if not values:
         return "-"
-    text = ("{:.1%}" if percent else "{:.1e}").format(np.mean(values))
+    values = np.array(values) * (100 if percent else 1)
+    text = f"{np.mean(values):.2g}" if percent else f"{np.mean(values):.1e}"
     if len(values) > 1:
-        text += " ± " + ("{:.1%}" if percent else "{:.0e}").format(
-            np.std(values, ddof=1) / len(values) ** 0.5)
-    return text
+        text += f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.{'1g' if percent else '0e'}}"
+    return text + " %" * percent
 
 
 def of_routing(script, **given):

@@ -269,7 +269,11 @@ def draw_largest(rows, file):
             for row in some:
                 axes.plot(places(row, metric), curve(row, metric), color=colour, linewidth=1.2,
                           alpha=0.8, label=replay if row is some[0] else None)
-        axes.set(title=title, xlabel="step", yscale="log")
+        axes.set(title=title, xlabel="step")
+        if "token" in metric:
+            axes.set(yscale="log", ylim=(1, None))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False, fontsize=9, title="replay")
