@@ -145,7 +145,7 @@ ROUTING_REPLAY = "R3"  # or "R2", "none": whose experts the trainer's passes tak
 RATIO = "sequence"  # one ratio per answer, GSPO; "token": GRPO
 SAMPLER_DTYPE = Either("float32", "bfloat16")  # of a copy that samples; float32: no copy
 ROUTER_NOISE = 0.0  # noise by which the sampler's routers choose, in stds of logits: a stress test
-TRAIN_ROUTER = True  # False: routers stay as they are; LORA_RANK trains attention only, anyway
+TRAIN_ROUTER = True  # False: routers stay as they are
 BALANCE_COEF = 0.0  # weight of each layer's balancing loss, which moves tokens, reward or not
 MOE_EPOCHS = Either(4, 2)  # passes over a rollout (sampling is slow); in update 1 all ratios are 1
 CLIP_RANGE = 0.0  # (low, high), or one number; 0: RATIO's own: see clip_range
@@ -190,7 +190,8 @@ def train(run):
         largest = []
         for minibatch in minibatches(batch, MOE_EPOCHS):                  # an optimiser step each
             minibatch.weights = token_weights(minibatch.completion_mask)  # (b, T), sums to 1
-            load = expert_load(minibatch, minibatch.weights, run.experts)  # (layers, experts)
+            if BALANCE_COEF:
+                load = expert_load(minibatch, minibatch.weights, run.experts)  # (layers, experts)
             for index in micro_batches(minibatch):                        # parts, for memory
                 micro = minibatch.rows(index)
                 played = {"none": None, "R2": micro.old_routes, "R3": micro.routes}[ROUTING_REPLAY]
@@ -233,20 +234,24 @@ def prepare(run):
                   "OLMoE or Mixtral: its routers take the top k of a softmax"):
         run.experts = obey_tapes(run.policy)
     if not TRAIN_ROUTER:
-        for _, router in routers(run.policy):
-            router.requires_grad_(False)
+        for name, parameter in run.policy.named_parameters():
+            if ".gate." in name:  # a router's weights, and with LORA_RANK its adapter's
+                parameter.requires_grad_(False)
         run.trained["policy"] = (run.policy, new_optimizer(run.policy, LEARNING_RATE))
     run.sampler = run.policy
     if SAMPLER_DTYPE != "float32" or ROUTER_NOISE:
         run.sampler = load_policy(POLICY_MODEL).requires_grad_(False)
         run.sampler.to(getattr(torch, SAMPLER_DTYPE))
+        if DEVICE == "cpu" and SAMPLER_DTYPE == "bfloat16":  # where it is quicker with few tokens
+            run.sampler.set_experts_implementation("batched_mm")
         obey_tapes(run.sampler, ROUTER_NOISE)
 
 
 def sampler(run):
     """The model that draws the answers: the policy, or its copy with the weights of today."""
     if run.sampler is not run.policy:
-        run.sampler.load_state_dict(run.policy.state_dict())
+        for ours, theirs in zip(run.sampler.parameters(), run.policy.parameters()):
+            ours.data.copy_(theirs.data)
     return run.sampler
 
 
@@ -378,8 +383,8 @@ def at_answers(batch, values):
 
 def changed_routers(batch, some, other):
     """Where two tapes differ, as sets of experts: 0 or 1, (b, T, layers)."""
-    same = (some.sort(-1).values == other.sort(-1).values).all(-1)             # (b, S, layers)
-    return at_answers(batch, ~same).float()
+    some, other = (at_answers(batch, tape).sort(-1).values for tape in (some, other))
+    return (some != other).any(-1).float()
 
 
 def expert_load(batch, weights, experts):
