@@ -44,7 +44,23 @@ CHINESE = {  # of what tables say
     "KL at the end, nats per token, at 4e-4 × 4": "最后的 KL，每个 token 多少 nat，4e-4 × 4",
     "KL at the end, nats per token, at 4e-4 × 16": "最后的 KL，每个 token 多少 nat，4e-4 × 16",
     "best": "最好", "at step 25": "第 25 步", "at step 80": "第 80 步",
+    "updates": "更新次数", "routers changed": "变了的路由", "tokens with a change": "路由有变的 token",
+    "layers changed, of a token": "每个 token 变了几层", "engine KL": "引擎 KL",
+    "engine KL: dense": "引擎 KL：稠密模型", "engine KL: none": "引擎 KL：不回放",
+    "experts, none": "专家，不回放", "tokens beyond 2: none": "超过 2 的 token：不回放",
+    "learning rate": "学习率",
+    "answers moved by more than GSPO's clip width": "移动超过 GSPO 裁剪宽度的回答",
+    "tokens moved by more than 0.2": "移动超过 0.2 的 token",
+    "sd of tokens: free": "token 的标准差：自由", "sd of answers: free": "回答的标准差：自由",
+    "forced": "强制", "noise, in stds of the logits": "噪声，以 logits 的标准差为单位",
+    "the sampler's accuracy": "采样端的准确率", "gradient norm, max": "梯度范数，最大",
+    "largest token ratio": "最大的 token 比率", "largest ratio of an answer": "最大的回答比率",
+    "effective experts, least of a layer": "有效专家数，最少的一层",
 }
+CHINESE |= {  # labels of runs with experts
+    f"{loss}, {replay}{more}": f"{loss}，{replay.replace('none', '不回放')}{also}"
+    for loss in ("GRPO", "GSPO") for replay in ("none", "R2", "R3")
+    for more, also in (("", ""), (", noisy routers", "，路由器带噪声"), (", the edge", "，边缘"))}
 
 
 def said(text, language):
