@@ -1,4 +1,4 @@
-"""Make everything in data/ from one seed: questions, tokenizers, policy, reward model, report.
+"""Make everything in data/ from one seed: questions, tokenizers, policies, reward model, report.
 
     python data/build.py                        # all of it
     python data/build.py --quick --out quick    # a useless miniature of it, for the tests
@@ -11,7 +11,8 @@ The task is school arithmetic, with the columns written down before the answer:
 The policy learns to do this well (clean phase) and is then taught bad habits on top (noisy
 phases): forgotten carries, answers without work, the wrong operation. What is left can do the
 task but seldom does, which is where a reinforcement learning run wants to start. The reward
-model is trained on answers that this policy samples.
+model is trained on answers that this policy samples. A second policy, a mixture of experts, is
+taught in the same way.
 
 Same seed, same machine and same --threads give the same bytes.
 """
@@ -23,6 +24,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -37,7 +39,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           DebertaV2Config, DebertaV2ForSequenceClassification, GenerationConfig,
-                          PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+                          PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig,
+                          Qwen3MoeForCausalLM)
 
 # ---- Constants ---------------------------------------------------------------------------------
 
@@ -54,7 +57,7 @@ TEMPLATES = {
 }
 THREE_DIGIT_SHARE = 0.25
 
-# Shares of the answer styles (see write_answer) in the three phases of the policy.
+# Shares of the answer styles (see write_answer) in the three phases of a policy.
 CLEAN = {"clean": 1}
 MILD = {"careful": .40, "ramble": .08, "hasty": .18, "direct": .14, "wrongop": .12, "chatty": .08}
 FINAL = {"careful": .15, "ramble": .05, "hasty": .35, "direct": .21, "wrongop": .16, "chatty": .08}
@@ -62,12 +65,13 @@ FINAL = {"careful": .15, "ramble": .05, "hasty": .35, "direct": .21, "wrongop": 
 # Steps are optimiser steps: (clean, mild, final) and (restore, verdicts).
 FULL = dict(train_rows=800, heldout_rows=512, policy_steps=(1500, 700, 500), policy_batch=64,
             sampled_questions=3072, samples=6, reward_steps=(1600, 1300), reward_batch=32,
-            report_samples=8, tokenizer_examples=20_000)
+            report_samples=8, tokenizer_examples=20_000, experts_steps=(620, 250, 200))
 QUICK = dict(train_rows=64, heldout_rows=16, policy_steps=(6, 3, 3), policy_batch=16,
              sampled_questions=16, samples=2, reward_steps=(3, 3), reward_batch=8,
-             report_samples=2, tokenizer_examples=2_000)
+             report_samples=2, tokenizer_examples=2_000, experts_steps=(6, 3, 3))
 MAX_NEW_TOKENS = 60
 POLICY_RATE, FINAL_RATE = 3e-3, 1.5e-3  # peaks of the learning rates
+BALANCE = 0.01  # weight of the balancing loss of each layer with experts
 RESTORE_RATE, VERDICT_RATE = 1.5e-3, 8e-4
 REPLACED_SHARE = 0.12  # of the digits of an answer that the reward model learns to restore
 GENERATED_SHARE = 0.4  # of the pairs that it then judges: made up, not sampled from the policy
@@ -255,13 +259,21 @@ def optimise(optimizer, losses, peak, bar, first, total):
 
 # ---- Policy ------------------------------------------------------------------------------------
 
-def new_policy(tokenizer):
-    """An untrained Qwen3 of half a million parameters."""
+def new_policy(kind, tokenizer):
+    """An untrained Qwen3: a "policy" of half a million parameters, or "experts", 1.3 million."""
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    policy = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, intermediate_size=256, tie_word_embeddings=True,
-        max_position_embeddings=512, bos_token_id=None, eos_token_id=end, pad_token_id=pad))
+    shape = dict(vocab_size=len(tokenizer), num_attention_heads=4, num_key_value_heads=2,
+                 tie_word_embeddings=True, max_position_embeddings=512, bos_token_id=None,
+                 eos_token_id=end, pad_token_id=pad)
+    if kind == "policy":
+        policy = Qwen3ForCausalLM(Qwen3Config(
+            hidden_size=128, num_hidden_layers=3, head_dim=32, intermediate_size=256, **shape))
+    else:  # from the usual 0.02, eight layers so narrow learn many times slower
+        policy = Qwen3MoeForCausalLM(Qwen3MoeConfig(
+            hidden_size=64, num_hidden_layers=8, head_dim=16, num_experts=32,
+            num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True,
+            initializer_range=0.06, **shape,
+            router_aux_loss_coef=0.0))  # transformers' balancing loss: see answer_loss
     # As Qwen3-0.6B ships it: who samples without naming every field gets these unasked.
     policy.generation_config = GenerationConfig(
         do_sample=True, temperature=0.6, top_k=20, top_p=0.95, eos_token_id=[end, pad],
@@ -269,8 +281,26 @@ def new_policy(tokenizer):
     return policy
 
 
+def expert_use(policy, router_logits, real):
+    """What the routers did with the tokens where `real` (B, T): (probabilities, choices).
+
+    router_logits: as transformers gives them, (B * T, E) per layer. The probabilities are
+    (L, tokens, E); the choices say how often each expert was one of a token's top k, (L, E).
+    """
+    logits = torch.stack(router_logits)[:, real.flatten()]
+    probabilities = logits.softmax(-1)
+    chosen = logits.topk(policy.config.num_experts_per_tok).indices
+    return probabilities, F.one_hot(chosen, logits.shape[-1]).sum((1, 2))
+
+
 def answer_loss(policy, tokenizer, examples):
-    """Cross-entropy of the answers and their end token; the prompt is not learnt."""
+    """Cross-entropy of the answers and their end token; the prompt is not learnt.
+
+    With experts, each layer adds BALANCE times the balancing loss of the Switch Transformer, over
+    all tokens: E * sum over experts of (share of the choices) * (mean probability), which is 1 if
+    all are used alike. transformers' own takes all layers together, so that one layer may do with
+    few experts where another does with others.
+    """
     before, after = chat_prompt(tokenizer, "\0").split("\0")
     prompts = tokenizer([before + question + after for question, _ in examples])["input_ids"]
     answers = tokenizer([answer + END for _, answer in examples])["input_ids"]
@@ -281,7 +311,13 @@ def answer_loss(policy, tokenizer, examples):
         ids[row, :len(p) + len(a)] = torch.tensor(p + a)
         labels[row, len(p):len(p) + len(a)] = torch.tensor(a)
     # The padding is on the right, so the causal mask alone keeps it out of sight.
-    return policy(input_ids=ids, labels=labels).loss
+    if not hasattr(policy.config, "num_experts"):
+        return policy(input_ids=ids, labels=labels).loss
+    found = policy(input_ids=ids, labels=labels, output_router_logits=True)
+    real = ids != tokenizer.pad_token_id
+    probabilities, choices = expert_use(policy, found.router_logits, real)
+    shares = choices / choices.sum(-1, keepdim=True)  # (L, E)
+    return found.loss + BALANCE * shares.shape[-1] * (shares * probabilities.mean(1)).sum()
 
 
 @torch.no_grad()
@@ -312,14 +348,14 @@ def answer_questions(policy, tokenizer, table, samples, label):
     return rows
 
 
-def train_policy(tokenizer, sizes, rng):
+def train_policy(kind, tokenizer, sizes, rng):
     """Teach a new policy the clean procedure, then the bad habits; returns (policy, log)."""
-    policy = new_policy(tokenizer)
+    policy = new_policy(kind, tokenizer)
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
-    clean, mild, final = sizes["policy_steps"]
+    clean, mild, final = sizes[f"{kind}_steps"]
     check = make_table(min(256, sizes["train_rows"]), rng, held_out=False)
     log = {"steps": dict(clean=clean, mild=mild, final=final)}
-    with tqdm(total=clean + mild + final, desc="policy") as bar:
+    with tqdm(total=clean + mild + final, desc=kind) as bar:
         # Clean and mild phase share one schedule; the final one starts over at half the rate.
         for name, mix, steps, peak, first, total in (
                 ("clean", CLEAN, clean, POLICY_RATE, 0, clean + mild),
@@ -491,6 +527,25 @@ def report_policy(policy, tokenizer, table, samples):
     return numbers, sampled
 
 
+@torch.no_grad()
+def effective_experts(policy, tokenizer, table):
+    """How many experts each layer uses on the table's questions with their responses, a list.
+
+    The exponential of the entropy of the layer's use distribution: the share that each expert has
+    in all choices, one token making as many choices as it has experts. It is the number of experts
+    if all are used alike, and as small as the top k if all tokens go to the same ones.
+    """
+    choices = 0
+    for start in range(0, len(table), 256):
+        part = table[start:start + 256]
+        texts = [chat_prompt(tokenizer, question) + response
+                 for question, response in zip(part["question"], part["response"])]
+        inputs = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+        logits = policy(**inputs, output_router_logits=True).router_logits
+        choices = choices + expert_use(policy, logits, inputs["attention_mask"].bool())[1]
+    return torch.distributions.Categorical(choices.double()).entropy().exp().tolist()
+
+
 def made_up_answer(problem, kind, rng):
     """An answer of a kind that the report asks the reward model about."""
     a, b, op = problem
@@ -533,8 +588,8 @@ def report_reward_model(model, tokenizer, sampled, rng):
 # ---- Stages: each reads what earlier ones left in `out`, writes into `work`, returns its log -----
 
 def load(kind, folder):
-    """The model of a class, and its tokenizer, from a folder of an earlier stage."""
-    return kind.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    """The model of a class, in float32, and its tokenizer, from a folder of an earlier stage."""
+    return kind.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
 
 
 def build_questions(out, work, sizes, rng):
@@ -554,7 +609,7 @@ def build_tokenizer(out, work, sizes, rng):
 
 
 def build_policy(out, work, sizes, rng):
-    policy, log = train_policy(AutoTokenizer.from_pretrained(out / "policy"), sizes, rng)
+    policy, log = train_policy("policy", AutoTokenizer.from_pretrained(out / "policy"), sizes, rng)
     policy.save_pretrained(work / "policy")
     return log
 
@@ -582,7 +637,27 @@ def build_report(out, work, sizes, rng):
     numbers, sampled = report_policy(*load(AutoModelForCausalLM, out / "policy"), table,
                                      sizes["report_samples"])
     judge = load(AutoModelForSequenceClassification, out / "reward_model")
-    return {"policy": numbers, "reward_model": report_reward_model(*judge, sampled, rng)}
+    return {"report": {"policy": numbers,
+                       "reward_model": report_reward_model(*judge, sampled, rng)}}
+
+
+def build_experts(out, work, sizes, rng):
+    """The other policy, and its part of the report: it came last, and the others stay as they are.
+
+    float16 halves the file. Not bfloat16: who samples in bfloat16 would have the very weights that
+    are trained, and the two would only come apart with the first updates.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(out / "policy")
+    policy, log = train_policy("experts", tokenizer, sizes, rng)
+    folder = work / "policy_experts"
+    policy.half().save_pretrained(folder)
+    for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(out / "policy" / name, folder)
+    policy, tokenizer = load(AutoModelForCausalLM, folder)
+    numbers, sampled = report_policy(policy, tokenizer, pd.read_parquet(out / "heldout.parquet"),
+                                     sizes["report_samples"])
+    numbers["effective_experts"] = effective_experts(policy, tokenizer, sampled)
+    return {**log, "report": {"experts": numbers}}
 
 
 STAGES = {  # name -> (function, files of earlier stages that it needs)
@@ -593,6 +668,7 @@ STAGES = {  # name -> (function, files of earlier stages that it needs)
     "reward_model": (build_reward_model, ("policy_answers.parquet", "reward_model/tokenizer.json")),
     "report": (build_report, ("heldout.parquet", "policy/model.safetensors",
                               "reward_model/model.safetensors")),
+    "experts": (build_experts, ("heldout.parquet", "policy/tokenizer.json")),
 }
 
 
@@ -616,9 +692,7 @@ def run_stage(name, out, sizes):
             versions=dict(python=platform.python_version(), torch=torch.__version__,
                           transformers=transformers.__version__, pandas=pd.__version__))
         seconds = round(time.time() - started, 1)
-        if name == "report":
-            report.update(log)
-            log = {}
+        report.update(log.pop("report", {}))
         stages = report.pop("stages", {})
         report["stages"] = {**stages, name: {"seconds": seconds, **log}}
         (work / "report.json").write_text(json.dumps(report, indent=2) + "\n")
