@@ -57,6 +57,8 @@ def wrong_in_command(command, tools):
     if words[:2] == ["python", "benchmarks/experiments.py"]:
         unknown = set(words[2:]) - set(experiments.EXPERIMENTS)
         return f"no experiment {unknown}" if unknown or not words[2:] else None
+    if words == ["python", "benchmarks/routing.py"]:
+        return None
     if words[:2] == ["python", "RL_HAND/compare.py"]:
         try:
             _, names, _, constants = compare.parse(words[2:])
@@ -152,6 +154,7 @@ GOOD = ["claim", "sec. 5.1", "**shown**",
     (4, "", "no command"), (4, "not written yet", "no command"),
     (4, "`python benchmarks/experiments.py miracles`", "no experiment"),
     (4, "`python benchmarks/experiments.py`", "no experiment"),
+    (4, "`python benchmarks/routing.py miracles`", "no command of a known kind"),
     (4, "`python RL_HAND/compare.py gspo MIRACLES=1`", "MIRACLES"),
     (4, "`python RL_HAND/compare.py gspo GROUP_SIZE=7`", "MINIBATCH"),
     (4, "`python RL_HAND/compare.py miracles`", "no script"),
