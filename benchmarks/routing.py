@@ -272,8 +272,10 @@ def draw_largest(rows, file):
         axes.set(title=title, xlabel="step")
         if "token" in metric:
             axes.set(yscale="log", ylim=(1, None))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("")
+            axes.set_yticks(ticks := [1, 2, 5, 10, 20, 50], ticks)
+            axes.set_yticks([], minor=True)
+            axes.set_ylim(1, max(curve(row, metric).max() for row in rows
+                                 if "ROUTER_NOISE" not in row["constants"]))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False, fontsize=9, title="replay")
