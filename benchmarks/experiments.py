@@ -66,7 +66,7 @@ LOSSES = {  # of the map: what it is called -> script and constants
     "CISPO": ("cispo", []), "REINFORCE": ("reinforce", [])}
 EXPERTS = ["REWARD_WEIGHTS={'verifier': 1.0}", "ENTROPY_COEF=0.0", "ADVANTAGE_TYPE=normalized",
            "MAX_STEPS=30", "EVAL_EVERY=0"]
-EDGE = ["LEARNING_RATE=2e-4", "MINIBATCH=32"]  # eight updates per rollout
+EDGE = ["LEARNING_RATE=4e-4", "MINIBATCH=32", "MOE_EPOCHS=4"]  # as in the corner of the map
 RATES, UPDATES = ("1e-4", "2e-4", "4e-4"), {1: (128, 1), 4: (64, 2), 16: (32, 4)}
 CORNERS = [("4e-4", 4), ("4e-4", 16)]  # three seeds; two elsewhere
 
@@ -120,9 +120,9 @@ def stability():
 
 
 def corner():
-    """The corner where most break, for longer: those that hold, and GRPO."""
+    """The corner where most break, for longer: those that held for 25 steps, and GRPO."""
     return runs(3, *filter(None, (on_the_map(label, "4e-4", 16, 80)
-                                  for label in ("GSPO", "GMPO", "GRPO"))))
+                                  for label in ("GSPO", "DAPO", "GMPO", "GRPO"))))
 
 
 EXPERIMENTS = {  # in the order in which they are made
@@ -187,10 +187,12 @@ EXPERIMENTS = {  # in the order in which they are made
               for name, ratio in (("GRPO", "token"), ("GSPO", "sequence"))
               for replay in ("none", "R2", "R3")),
             *((f"GRPO, {replay}", "token", replay, ", noisy routers", ["ROUTER_NOISE=0.3"])
-              for replay in ("none", "R3")),
-            *((f"{name}, {replay}", ratio, replay, ", the edge", EDGE) for name, ratio, replay in (
-                ("GRPO", "token", "none"), ("GRPO", "token", "R2"), ("GRPO", "token", "R3"),
-                ("GSPO", "sequence", "none"), ("GSPO", "sequence", "R3")))))),
+              for replay in ("none", "R3"))))),
+    "experts_edge": runs(3, *(
+        ("moe", [f"RATIO={ratio}", f"ROUTING_REPLAY={replay}", *EXPERTS, *EDGE],
+         f"{name}, {replay}")
+        for name, ratio in (("GRPO", "token"), ("GSPO", "sequence"))
+        for replay in ("none", "R2", "R3"))),
 }
 BRIEF = ("stability", "corner")  # with fewer curves in a row; and the KL of the last checkpoint
 QUICK = ["family", "clip", "hacking", "self_play", "gad", "stability"]  # what is_quick of them
@@ -303,20 +305,21 @@ def end_of(folder):
     return "not finite" if "expected finite gradients" in said else None
 
 
-def harvest(folders, say=print):
-    """Keep the rows of the finished runs among the folders, unless they are known."""
-    owner, known, new = owners(), results.all_rows(), []  # a run -> its file; its row
+def harvest(folders):
+    """Keep the rows of the finished runs among the folders, unless they are known: one by one.
+    Returns how many."""
+    owner, known, count = owners(), results.all_rows(), 0  # a run -> its file; its row
     for folder in folders:
         end, found = end_of(folder), results.key_in(folder)
         if end is None or found not in owner or found in known and not results.stale(known[found]):
             continue
         row = results.row_of(folder, owner[found] in BRIEF, end)
+        if found in known and all(row[name] == known[found][name] for name in ("code", "data")):
+            continue
         more = {**(game(folder) if found[0] == "gad" else {}),
                 **(final_kl(folder) if found[0] == "self_play" or owner[found] in BRIEF else {})}
-        new.append(row | {name: results.number(value, 4) for name, value in more.items()})
-    count = results.keep(new, owner, RUNS)
-    if count:
-        say(f"{count} new rows in benchmarks/results/")
+        row |= {name: results.number(value, 4) for name, value in more.items()}
+        count += results.keep([row], owner, RUNS)
     return count
 
 
@@ -345,7 +348,7 @@ def make(names, only=lambda job: True, workers=0):
         for _, folder, _ in wanted:  # what is finished there is not today's
             (folder / "finished").unlink(missing_ok=True)
         return wanted and compare.run_all({"WORKERS": workers}, wanted, lock, lambda folder, _:
-                                          harvest([folder], lambda line: None))[1]
+                                          harvest([folder]))[1]
 
 
 # ========================================== Commands ============================================
@@ -489,7 +492,7 @@ def main(arguments):
         return show_stale()
     if command == "rows":
         return print(harvest([folder for place in rest or [RUNS]
-                              for folder in sorted(Path(place).glob("*_seed*"))]), "rows")
+                              for folder in sorted(Path(place).glob("*_seed*"))]), "new rows")
     if command == "equal" and rest:
         return show_equal(*rest)
     chosen = (QUICK if command == "quick" else rest if command == "figures" else names

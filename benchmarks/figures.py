@@ -4,7 +4,6 @@ import matplotlib
 import numpy as np
 import pages
 import results
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from results import ROOT, curve, places
 
@@ -114,7 +113,6 @@ def stability(name, found):
     figure = Figure(figsize=(15, 1.6 + 0.5 * len(labels) + 3.4), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.2 + 0.5 * len(labels), 3.8))
     start = np.mean([pages.sampled(row, 0) for rows in known.values() for row in rows])
-    norm = TwoSlopeNorm(vmin=0, vcenter=start, vmax=0.9)
     for axes, n in zip(above.subplots(1, len(updates), sharey=True), updates):
         values = np.full((len(labels), len(rates)), np.nan)
         for i, label in enumerate(labels):
@@ -124,8 +122,9 @@ def stability(name, found):
                                             for row in rows])
                     bad = sum(map(pages.failed, rows))
                     axes.text(j, i, f"{values[i, j]:.2f}" + f"\n{bad} of {len(rows)} failed" *
-                              bool(bad), ha="center", va="center", fontsize=9)
-        drawn = axes.imshow(values, cmap="RdYlGn", norm=norm, aspect="auto")
+                              bool(bad), ha="center", va="center", fontsize=9,
+                              color="black" if 0.15 < values[i, j] < 0.75 else "white")
+        drawn = axes.imshow(values, cmap="RdYlBu", vmin=0, vmax=0.9, aspect="auto")
         axes.set_xticks(range(len(rates)), rates)
         axes.set_yticks(range(len(labels)), labels)
         axes.set_title(f"{n} update{'s' * (n > 1)} per rollout", fontsize=11)
@@ -160,9 +159,10 @@ def gradients(name, found):
                 axes.plot(curve(row, "ratio"), curve(row, f"weight, A {sign} 0"),
                           color=colours(i), linewidth=1.8, alpha=0.8)
     plain(left, "cosine to GRPO's gradient, one mean over tokens", "update of one rollout")
+    left.set_ylim(-0.55, 1.05)
     left.legend(fontsize=8, frameon=False, ncols=2)
     for axes, sign in ((middle, ">"), (right, "<")):
-        plain(axes, f"weight of a token, A {sign} 0", "its ratio")
+        plain(axes, f"weight of a token (an answer of one), A {sign} 0", "its ratio")
         axes.set_xscale("log", base=2)
         axes.set_ylim(-0.1, 2.6)
         axes.xaxis.set_major_formatter("{x:g}")
@@ -186,6 +186,8 @@ def length(name, found):
     plain(axes, "log-ratio after 4 updates: standard deviation", "length of the answer, tokens")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_xticks([6, 10, 20, 40, 60], [6, 10, 20, 40, 60], minor=False)
+    axes.set_xticks([], minor=True)
     axes.legend(fontsize=9, frameon=False)
     return figure
 

@@ -143,7 +143,9 @@ def note(rows, language):
         if len(found) > 2 and all(map(str.isdigit, found)) and len(found) == int(found[-1]) + 1:
             return f"{found[0]}–{found[-1]}"
         return ", ".join(found)
-    commits = several(row["commit"][:7] for row in rows)
+    commits = sorted({row["commit"][:7] for row in rows})
+    more = f" ({len(commits)})" if len(commits) > 3 else ""
+    commits = ", ".join(commits[:3]) + (", …" + more if more else "")
     seeds = several(row["seed"] for row in rows)
     versions = "; ".join(f"{name} {several(row[name] for row in rows)}"
                          for name in ("torch", "transformers"))
@@ -594,7 +596,7 @@ TABLES = {  # name -> experiments, function of their `groups`, the language and 
     "gad_remedies": (["gad_remedies"], gad_collapses),
     "gad_teachers": (["gad_teachers", "gad_few"], gad_outcomes),
     "routing": ([], routing), "flips": ([], flips), "noise": ([], noise),
-    "experts": (["experts"], experts),
+    "experts": (["experts"], experts), "experts_edge": (["experts_edge"], experts),
 }
 
 
