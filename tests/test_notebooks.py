@@ -16,7 +16,8 @@ notebooks = import_file(ROOT / "tools" / "notebooks.py", "notebooks")
 SOURCES = sorted((ROOT / "notebooks" / "source").glob("*.py"))
 SCRIPTS = {path.stem: path for path in (ROOT / "RL_HAND").glob("*/*.py")}
 RUN_ANEW = "1_from_importance_sampling_to_gspo"  # the one that the tests can afford to run
-LINES = {RUN_ANEW: 80}  # of code, imports aside: ten steps, each with its own numbers or figure
+LINES = {RUN_ANEW: 80,  # of code, imports aside: ten steps, each with its own numbers or figure
+         "6_experts_and_routing_replay": 80}  # seven
 BYTES = {"5_spot_the_bug": 700_000}  # eight figures of several curves
 NUMBER = re.compile(r"(?<![\w.])[-−+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 each = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem[0])
