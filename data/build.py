@@ -293,6 +293,23 @@ def expert_use(policy, router_logits, real):
     return probabilities, F.one_hot(chosen, logits.shape[-1]).sum((1, 2))
 
 
+def encode_answers(tokenizer, examples):
+    """Tokens of prompts with their answers and end tokens, and the labels, -100 except in answers.
+
+    examples: (question, answer) pairs. Both results are (B, T), with the padding on the right.
+    """
+    before, after = chat_prompt(tokenizer, "\0").split("\0")
+    prompts = tokenizer([before + question + after for question, _ in examples])["input_ids"]
+    answers = tokenizer([answer + END for _, answer in examples])["input_ids"]
+    width = max(len(p) + len(a) for p, a in zip(prompts, answers))
+    ids = torch.full((len(examples), width), tokenizer.pad_token_id)
+    labels = torch.full_like(ids, -100)
+    for row, (p, a) in enumerate(zip(prompts, answers)):
+        ids[row, :len(p) + len(a)] = torch.tensor(p + a)
+        labels[row, len(p):len(p) + len(a)] = torch.tensor(a)
+    return ids, labels
+
+
 def answer_loss(policy, tokenizer, examples):
     """Cross-entropy of the answers and their end token; the prompt is not learnt.
 
@@ -301,15 +318,7 @@ def answer_loss(policy, tokenizer, examples):
     all are used alike. transformers' own takes all layers together, so that one layer may do with
     few experts where another does with others.
     """
-    before, after = chat_prompt(tokenizer, "\0").split("\0")
-    prompts = tokenizer([before + question + after for question, _ in examples])["input_ids"]
-    answers = tokenizer([answer + END for _, answer in examples])["input_ids"]
-    width = max(len(p) + len(a) for p, a in zip(prompts, answers))
-    ids = torch.full((len(examples), width), tokenizer.pad_token_id)
-    labels = torch.full_like(ids, -100)  # (B, T)
-    for row, (p, a) in enumerate(zip(prompts, answers)):
-        ids[row, :len(p) + len(a)] = torch.tensor(p + a)
-        labels[row, len(p):len(p) + len(a)] = torch.tensor(a)
+    ids, labels = encode_answers(tokenizer, examples)
     # The padding is on the right, so the causal mask alone keeps it out of sight.
     if not hasattr(policy.config, "num_experts"):
         return policy(input_ids=ids, labels=labels).loss
@@ -529,20 +538,19 @@ def report_policy(policy, tokenizer, table, samples):
 
 @torch.no_grad()
 def effective_experts(policy, tokenizer, table):
-    """How many experts each layer uses on the table's questions with their responses, a list.
+    """How many experts each layer uses for the table's responses to its questions, a list.
 
     The exponential of the entropy of the layer's use distribution: the share that each expert has
-    in all choices, one token making as many choices as it has experts. It is the number of experts
-    if all are used alike, and as small as the top k if all tokens go to the same ones.
+    in all choices, of which a token makes as many as it has experts. It is the number of experts
+    if all are used alike, and as small as the top k if all tokens go to the same ones. Tokens are
+    those from which the response's are predicted, from the prompt's last one on.
     """
     choices = 0
     for start in range(0, len(table), 256):
         part = table[start:start + 256]
-        texts = [chat_prompt(tokenizer, question) + response
-                 for question, response in zip(part["question"], part["response"])]
-        inputs = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
-        logits = policy(**inputs, output_router_logits=True).router_logits
-        choices = choices + expert_use(policy, logits, inputs["attention_mask"].bool())[1]
+        ids, labels = encode_answers(tokenizer, [*zip(part["question"], part["response"])])
+        logits = policy(input_ids=ids, output_router_logits=True).router_logits
+        choices = choices + expert_use(policy, logits, F.pad(labels[:, 1:] >= 0, (0, 1)))[1]
     return torch.distributions.Categorical(choices.double()).entropy().exp().tolist()
 
 

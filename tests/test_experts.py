@@ -95,16 +95,17 @@ def test_each_layer_is_balanced_by_itself(policy, tokenizer):
 
 
 def test_effective_experts_are_counted_as_defined(policy, tokenizer):
-    """Over questions and responses, without the padding, by a count of each text by itself."""
+    """Over the tokens from which responses are predicted, by a count of each text by itself."""
     texts = {("Add 1 and 2.", "3."): 230,  # the other one in a second batch, too
              ("What is 37 plus 48?", "7+8=15 carry 1. 3+4+1=8. Answer: 85"): 40}
     table = pd.DataFrame([text for text, times in texts.items() for _ in range(times)],
                          columns=["question", "response"])
     used = [Counter() for _ in policy.model.layers]
     for (question, response), times in texts.items():
-        text = build.chat_prompt(tokenizer, question) + response
+        said = len(tokenizer(response + build.END)["input_ids"])
+        text = build.chat_prompt(tokenizer, question) + response + build.END
         for count, (_, choices) in zip(used, routed(policy, tokenizer, text)):
-            count.update(times * [expert for token in choices for expert in token])
+            count.update(times * [expert for token in choices[-said - 1:-1] for expert in token])
     shares = [torch.tensor([n / count.total() for n in count.values()]) for count in used]
     expected = [(-share * share.log()).sum().exp().item() for share in shares]
     assert build.effective_experts(policy, tokenizer, table) == pytest.approx(expected, rel=1e-4)
