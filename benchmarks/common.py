@@ -1,20 +1,16 @@
 """What the benchmarks share: scripts as modules, a policy of any shape with random weights, a batch
 and a run of given size, a training pass, a clock."""
 
-import importlib.util
-import os
 import subprocess
-import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import transformers
+from results import ROOT, import_file
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-ROOT = Path(__file__).resolve().parents[1]
 QWEN3 = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
          "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
          "tie_word_embeddings": True, "rope_theta": 1e6,
@@ -26,15 +22,6 @@ REWARD = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2
           "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "type_vocab_size": 0,
           "num_labels": 1}  # OpenAssistant/reward-model-deberta-v3-large-v2's shape
 REWARD_PARAMETERS = 435_062_785
-
-
-def import_file(path, name=None):
-    """A file as a module, by the file's name unless another is given."""
-    name = name or path.stem
-    spec = importlib.util.spec_from_file_location(name, os.path.expanduser(path))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def import_gspo():

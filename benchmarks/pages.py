@@ -18,6 +18,7 @@ import numpy as np
 import results
 from results import ROOT, curve, fifth, key_of
 
+mean = results.import_file(ROOT / "RL_HAND" / "compare.py").mean_and_error
 LENGTHS = [1, 9, 15, 22, 30, 45]  # where the bins of measures.py begin
 TARGET = 0.8  # the held-out accuracy to which steps and tokens are counted
 CHINESE = {  # of what tables say
@@ -62,7 +63,7 @@ CHINESE = {  # of what tables say
 CHINESE |= {  # labels of runs with experts
     f"{loss}, {replay}{more}": f"{loss}，{replay.replace('none', '不回放')}{also}"
     for loss in ("GRPO", "GSPO") for replay in ("none", "R2", "R3")
-    for more, also in (("", ""), (", noisy routers", "，路由器带噪声"), (", the edge", "，边缘"))}
+    for more, also in (("", ""), (", noisy routers", "，路由器带噪声"))}
 
 
 def said(text, language):
@@ -79,18 +80,6 @@ def groups(name, rows=None):
         if some := [rows[key] for key in keys if key in rows]:
             found.append((run, some))
     return found
-
-
-def mean(values, digits=3):
-    """'0.912 ± 0.004': mean and standard error; '-' of nothing."""
-    values = [value for value in values if np.isfinite(value)]
-    if not values:
-        return "-"
-    digits = digits if abs(np.mean(values)) < 10 else 0
-    text = f"{np.mean(values):,.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {np.std(values, ddof=1) / len(values) ** 0.5:,.{digits}f}"
-    return text
 
 
 def over(rows, what, digits=3):

@@ -57,10 +57,11 @@ class Hash(bytes):
     """A sha256: so that what is large is read once."""
 
 
-def import_file(path):
-    """A file as a module, by its name."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+def import_file(path, name=None):
+    """A file as a module, by the file's name unless another is given."""
+    name = name or path.stem
+    spec = importlib.util.spec_from_file_location(name, os.path.expanduser(path))
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

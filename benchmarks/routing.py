@@ -15,7 +15,6 @@ import contextlib
 import copy
 import io
 import itertools
-import platform
 import re
 import sys
 import tempfile
@@ -23,10 +22,9 @@ import time
 
 import numpy as np
 import torch
-from common import ROOT, facts, import_file
 from matplotlib.figure import Figure
-from results import (FACTS, RESULTS, code_of, curve, data_of, natural, number, places, read,
-                     source_of, words_of, write)
+from results import (FACTS, RESULTS, ROOT, code_of, curve, data_of, facts_here, import_file,
+                     natural, number, places, read, source_of, words_of, write)
 
 FILE, IMAGES = RESULTS / "routing.csv", ROOT / "RL_HAND" / "moe" / "images"
 SEEDS, UPDATES, NOISES, RATES = (0, 1, 2), (0, 1, 4, 16), (0.1, 0.3, 1.0), (1e-4, 1e-6)
@@ -175,15 +173,13 @@ def noise(seed):
 
 def measure(seed):
     """All rows of a seed, as texts."""
-    known, began = facts("cpu"), time.perf_counter()
+    known, began = facts_here(), time.perf_counter()
     for name, given, found in itertools.chain(gap(seed), flips(seed), noise(seed)):
         source, given = source_of(name), {"MEASURE": "routing"} | given
-        row = dict.fromkeys(FACTS, "") | {
+        row = dict.fromkeys(FACTS, "") | known | {
             "script": name, "seed": str(seed), "steps": "1", "seconds of evaluations": "0",
             "constants": "; ".join(f"{key}={value}" for key, value in given.items() if value != ""),
-            "code": code_of(source), "data": data_of(source, []), "commit": known["commit"],
-            "python": platform.python_version(), "torch": known["torch"],
-            "transformers": known["transformers"], "device": "cpu", "threads": "1",
+            "code": code_of(source), "data": data_of(source, []), "threads": "1",
             "seconds": number(time.perf_counter() - began, 3)}
         began = time.perf_counter()
         yield row | {key: value if isinstance(value, str) else number(value, 4)

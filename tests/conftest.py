@@ -30,6 +30,21 @@ def import_file(path, name="script_under_test"):
     return module
 
 
+def fresh(name, path=None):
+    """A script by its name as a new module, its constants as in the file."""
+    torch.set_num_threads(1)
+    return import_file(path or ROOT / "RL_HAND" / name / f"{name}.py", f"{name}_under_test")
+
+
+def fixture_of(name):
+    """A fixture that is that module."""
+    return pytest.fixture(lambda: fresh(name), name=name)
+
+
+grpo, dapo, ppo, reinforce, gmpo, cispo = map(
+    fixture_of, ("grpo", "dapo", "ppo", "reinforce", "gmpo", "cispo"))
+
+
 def mutated_copy(script, text, instead, folder):
     """A copy of a script in which `text`, which must stand there once, is replaced: its path."""
     source = script.read_text(encoding="utf-8")

@@ -19,32 +19,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, import_file, must_fail, mutated_copy
+from conftest import ROOT, fresh, must_fail, mutated_copy
 from test_gspo_loss import answers, slow_advantages, small_batch, small_model
 from transformers import AutoModelForCausalLM
 
 SCRIPTS = {name: ROOT / "RL_HAND" / name / f"{name}.py" for name in ("grpo", "dapo", "ppo")}
-
-
-def fresh(name, path=None):
-    """A script as a new module, its constants as in the file."""
-    torch.set_num_threads(1)
-    return import_file(path or SCRIPTS[name], f"{name}_under_test")
-
-
-@pytest.fixture
-def grpo():
-    return fresh("grpo")
-
-
-@pytest.fixture
-def dapo():
-    return fresh("dapo")
-
-
-@pytest.fixture
-def ppo():
-    return fresh("ppo")
 
 
 def generator(seed=0):

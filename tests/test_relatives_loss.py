@@ -17,39 +17,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, import_file, must_fail, mutated_copy
+from conftest import ROOT, fresh, must_fail, mutated_copy
 from test_grpo_dapo_ppo_loss import LENGTHS, RIGHT, SCORES, loss_of, train, trl_loss, vector
 from test_gspo_loss import answers
 from transformers import AutoTokenizer
 
 SCRIPTS = {name: ROOT / "RL_HAND" / name / f"{name}.py"
            for name in ("reinforce", "gmpo", "cispo", "grpo", "gspo")}
-
-
-def fresh(name, path=None):
-    """A script as a new module, its constants as in the file."""
-    torch.set_num_threads(1)
-    return import_file(path or SCRIPTS[name], f"{name}_under_test")
-
-
-@pytest.fixture
-def reinforce():
-    return fresh("reinforce")
-
-
-@pytest.fixture
-def gmpo():
-    return fresh("gmpo")
-
-
-@pytest.fixture
-def cispo():
-    return fresh("cispo")
-
-
-@pytest.fixture
-def grpo():
-    return fresh("grpo")
 
 
 def pair(clip):
