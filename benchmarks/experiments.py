@@ -69,6 +69,7 @@ EXPERTS = ["REWARD_WEIGHTS={'verifier': 1.0}", "ENTROPY_COEF=0.0", "ADVANTAGE_TY
 EDGE = ["LEARNING_RATE=4e-4", "MINIBATCH=32", "MOE_EPOCHS=4"]  # as in the corner of the map
 RATES, UPDATES = ("1e-4", "2e-4", "4e-4"), {1: (128, 1), 4: (64, 2), 16: (32, 4)}
 CORNERS = [("4e-4", 4), ("4e-4", 16)]  # three seeds; two elsewhere
+SHORT = ["MAX_STEPS=30", "EVAL_EVERY=0"]
 
 
 def gad_data(teacher, path="data/train.parquet"):
@@ -125,11 +126,28 @@ def corner():
                                   for label in ("GSPO", "DAPO", "GMPO", "GRPO"))))
 
 
+def caps():
+    """CISPO with a cap of 5 in the corners of the map, where the default, 1.2, stands already."""
+    found = []
+    for rate, updates in CORNERS:
+        script, constants, _ = on_the_map("CISPO", rate, updates)
+        found += runs(3, (script, [*constants, "CLIP_RANGE=(1.0, 4.0)"], "a cap of 5"))
+    return found
+
+
 EXPERIMENTS = {  # in the order in which they are made
     "family": runs(5, *((script, []) for script in FAMILY)),
     "default": runs(5, ("gspo", [])),
     "stability": stability(),
     "corner": corner(),
+    "caps": caps(),
+    "baseline": runs(3, *(("reinforce", [*words, *SHORT], label) for label, words in (
+        ("mean", []), ("leave-one-out", ["BASELINE=leave-one-out"]), ("none", ["BASELINE=none"])))),
+    "rates": runs(2, *(
+        ("reinforce", [*rate, *over, *SHORT], label) for label, over in (
+            ("the sum over tokens (default)", []),
+            ("the mean over tokens", ["AGGREGATION=seq-mean-token-mean"]))
+        for rate in (["LEARNING_RATE=1e-4"], ["LEARNING_RATE=2e-4"], [], ["LEARNING_RATE=8e-4"]))),
     "gradients": runs(5, *((script, ["MEASURE=gradients", "LEARNING_RATE=4e-4", *constants], label)
                            for label, (script, constants) in LOSSES.items())),
     "length": runs(3, ("grpo", ["MEASURE=length"])),
@@ -384,6 +402,10 @@ def show_list():
                       "minutes to do": f"{take(rows, old + none) / 60:.0f}",
                       "": f"no script {', '.join(unwritten)}" if unwritten else ""})
     print(pd.DataFrame(table).to_string(index=False))
+    routing = results.read(results.RESULTS / "routing.csv")
+    old = sum(bool(results.stale(row)) for row in routing)
+    print(f"\nexperts, without a run: {len(routing)} rows, {old} stale: "
+          "python benchmarks/routing.py")
 
 
 def show_stale():

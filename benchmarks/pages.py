@@ -20,6 +20,7 @@ from results import ROOT, curve, fifth, key_of
 
 mean = results.import_file(ROOT / "RL_HAND" / "compare.py").mean_and_error
 LENGTHS = [1, 9, 15, 22, 30, 45]  # where the bins of measures.py begin
+CUT = "clip_ratio/region_mean"
 TARGET = 0.8  # the held-out accuracy to which steps and tokens are counted
 CHINESE = {  # of what tables say
     "runs": "运行次数", "stale": "过期", "before": "训练前", "after": "训练后", "not run": "没有运行",
@@ -29,7 +30,8 @@ CHINESE = {  # of what tables say
     "tokens in all": "总 token 数", "tokens cut, first fifth": "被裁剪的 token，前五分之一",
     "tokens cut, last fifth": "被裁剪的 token，后五分之一",
     "KL, last fifth, nats per token": "KL，后五分之一，每个 token 多少 nat",
-    "seconds of a step, GRPO's = 1": "每步的秒数，GRPO 为 1",
+    "seconds to 0.8, GRPO's = 1": "到 0.8 的秒数，GRPO 为 1",
+    "seconds in all, GRPO's = 1": "总秒数，GRPO 为 1",
     "after 100 steps": "100 步之后", "sampled accuracy": "采样准确率", "greedy accuracy": "贪心准确率",
     "tokens cut by the clip": "被裁剪的 token", "(first 20 steps)": "（前 20 步）",
     "(last 20)": "（后 20 步）", "KL to the start, nats per token": "对起始策略的 KL，每个 token 多少 nat",
@@ -51,7 +53,12 @@ CHINESE = {  # of what tables say
     "layers changed, of a token": "每个 token 变了几层", "engine KL": "引擎 KL",
     "engine KL: dense": "引擎 KL：稠密模型", "engine KL: none": "引擎 KL：不回放",
     "experts, none": "专家，不回放", "tokens beyond 2: none": "超过 2 的 token：不回放",
-    "learning rate": "学习率",
+    "learning rate": "学习率", "the cap": "封顶于", "4 updates per rollout": "每次采样更新 4 次",
+    "16 updates": "更新 16 次", "weights capped": "封顶的权重",
+    "accuracy in training, steps 1 to 10": "训练题上的准确率，第 1 到 10 步",
+    "steps 26 to 30": "第 26 到 30 步", "held out, step 30": "留出集，第 30 步",
+    "gradient norm, mean": "梯度范数，平均", "the sum over tokens (default)": "对 token 求和（默认）",
+    "the mean over tokens": "对 token 取平均",
     "answers moved by more than GSPO's clip width": "移动超过 GSPO 裁剪宽度的回答",
     "tokens moved by more than 0.2": "移动超过 0.2 的 token",
     "sd of tokens: free": "token 的标准差：自由", "sd of answers: free": "回答的标准差：自由",
@@ -85,6 +92,11 @@ def groups(name, rows=None):
 def over(rows, what, digits=3):
     """The mean and error of a number of each row: of what a function gives."""
     return mean([what(row) for row in rows], digits)
+
+
+def each(rows, what):
+    """A number of each row, one by one."""
+    return ", ".join(f"{what(row):.3f}" for row in rows)
 
 
 def plain_mean(rows, what, digits):
@@ -158,9 +170,9 @@ def family(found, language, *scripts):
     found = {run.script: rows for run, rows in found}
     scripts = [name for name in scripts or found if name in found]
 
-    def step(row):
-        return sum(float(row.get(phase, 0)) for phase in results.PHASES)
-    grpo = np.mean([step(row) for row in found["grpo"]]) if "grpo" in found else np.nan
+    def of_grpo(rows, what):
+        base = np.mean([what(row) for row in found.get("grpo", [])] or [np.nan])
+        return over(rows, lambda row: what(row) / base, 2)
     lines = {
         "runs": len,
         "sampled accuracy, before": lambda rows: over(rows, lambda row: sampled(row, 0)),
@@ -170,13 +182,12 @@ def family(found, language, *scripts):
         "steps to 0.8 sampled": lambda rows: over(rows, lambda row: reached(row, "at step")),
         "completion tokens to 0.8": lambda rows: over(rows, lambda r: reached(r, "at num_tokens")),
         "tokens in all": lambda rows: over(rows, lambda row: curve(row, "at num_tokens")[-1]),
-        "tokens cut, first fifth": lambda rows: over(
-            rows, lambda row: fifth(row, "clip_ratio/region_mean", 0), 4),
-        "tokens cut, last fifth": lambda rows: over(
-            rows, lambda row: fifth(row, "clip_ratio/region_mean"), 4),
+        "tokens cut, first fifth": lambda rows: over(rows, lambda row: fifth(row, CUT, 0), 4),
+        "tokens cut, last fifth": lambda rows: over(rows, lambda row: fifth(row, CUT), 4),
         "KL, last fifth, nats per token": lambda rows: over(rows, lambda row: fifth(row, "kl")),
-        "seconds of a step, GRPO's = 1": lambda rows: plain_mean(
-            rows, lambda row: step(row) / grpo, 1)}
+        "seconds to 0.8, GRPO's = 1": lambda rows: of_grpo(
+            rows, lambda row: reached(row, "at seconds")),
+        "seconds in all, GRPO's = 1": lambda rows: of_grpo(rows, lambda row: float(row["seconds"]))}
     return (markdown(["", *map(str.upper, scripts)],
                      [[said(name, language), *(value(found[script]) for script in scripts)]
                       for name, value in lines.items()]),
@@ -207,15 +218,14 @@ def differences(found, language, *scripts):
 def default(found, language):
     """What gspo.py does as it is."""
     rows = found[0][1]
-    cut = "clip_ratio/region_mean"
     return markdown(["", said("before", language), said("after 100 steps", language)], [
         [said("sampled accuracy", language), over(rows, lambda row: sampled(row, 0)),
          f"**{over(rows, sampled)}**"],
         [said("greedy accuracy", language), over(rows, lambda row: greedy(row, 0)),
          f"**{over(rows, greedy)}**"],
         [said("tokens cut by the clip", language),
-         f"{over(rows, lambda row: fifth(row, cut, 0))} {said('(first 20 steps)', language)}",
-         f"{over(rows, lambda row: fifth(row, cut))} {said('(last 20)', language)}"],
+         f"{over(rows, lambda row: fifth(row, CUT, 0))} {said('(first 20 steps)', language)}",
+         f"{over(rows, lambda row: fifth(row, CUT))} {said('(last 20)', language)}"],
         [said("KL to the start, nats per token", language), 0,
          over(rows, lambda row: fifth(row, "kl"))],
         [said("length, tokens", language), *(
@@ -231,7 +241,7 @@ COLUMNS = {  # of tables with a run a line
     "greedy after": lambda rows: over(rows, greedy),
     "steps to 0.8": lambda rows: over(rows, lambda row: reached(row, "at step")),
     "tokens cut, first / last 20 steps": lambda rows: " / ".join(
-        plain_mean(rows, lambda row: fifth(row, "clip_ratio/region_mean", which), 4)  # noqa: B023
+        plain_mean(rows, lambda row: fifth(row, CUT, which), 4)  # noqa: B023
         for which in (0, -1)),
     "best sampled": lambda rows: over(rows, best),
     "KL, last 20 steps": lambda rows: over(rows, lambda row: fifth(row, "kl")),
@@ -331,6 +341,46 @@ def corner(found, language):
             [row for _, rows in found for row in rows])
 
 
+def caps(found, language):
+    """CISPO's two caps at the corners of the map: accuracy on the training questions, each seed."""
+    lines, rows = [], []
+    for label, words in (("1.2", []), ("5", found[0][0].constants[-1:])):
+        line = [f"`{' '.join(words) or 'CLIP_RANGE=(1.0, 0.2)'}`", label]
+        for rate, updates in experiments.CORNERS:
+            script, constants, _ = experiments.on_the_map("CISPO", rate, updates)
+            known = results.all_rows()
+            some = [known[k] for seed in range(3)
+                    if (k := key_of(script, [*constants, *words], seed)) in known]
+            rows += some
+            line += [each(some, lambda row: fifth(row, "accuracy")),
+                     f"{100 * np.mean([curve(row, CUT).mean() for row in some]):.2g} %"]
+        lines.append(line)
+    header = ["", "the cap", "4 updates per rollout", "weights capped", "16 updates",
+              "weights capped"]
+    return markdown([said(text, language) for text in header], lines), rows
+
+
+def baseline(found, language):
+    """REINFORCE with and without a baseline: each seed."""
+    header = ["`BASELINE`", "accuracy in training, steps 1 to 10", "steps 26 to 30",
+              "held out, step 30", "gradient norm, mean"]
+    lines = [[f"`{run.label}`", each(rows, lambda row: fifth(row, "accuracy", 0)),
+              each(rows, lambda row: fifth(row, "accuracy")), each(rows, sampled),
+              over(rows, lambda row: curve(row, "grad_norm").mean(), 2)] for run, rows in found]
+    return (markdown([said(text, language) for text in header], lines),
+            [row for _, rows in found for row in rows])
+
+
+def rates(found, language):
+    """REINFORCE's learning rates: accuracy on the training questions at the end, each seed."""
+    lines = {}
+    for run, rows in found:
+        lines.setdefault(run.label, []).append(each(rows, lambda row: fifth(row, "accuracy")))
+    return (markdown(["LEARNING_RATE", "1e-4", "2e-4", "4e-4", "8e-4"],
+                     [[said(label, language), *cells] for label, cells in lines.items()]),
+            [row for _, rows in found for row in rows])
+
+
 def gradients(found, language):
     """The cosine to GRPO's gradient at updates of one rollout; the first two, with each loss's own
     mean and with GRPO's, say what is the loss and what is the mean."""
@@ -368,18 +418,15 @@ def self_play(found, language):
     """self_play.py as it is: before, after, and each seed."""
     rows = found[0][1]
 
-    def each(what):
-        return ", ".join(f"{what(row):.3f}" for row in rows)
-
     def pair(place):
         return ", ".join(over(rows, lambda row: curve(row, f"watched/{name}_logp")[place], 2)
                          for name in ("chosen", "rejected"))  # noqa: B023
     order = "watched/preference_accuracy"
     return markdown(["", "before", "after 12 rounds", "each seed, after"], [
         ["held-out accuracy, sampled at T = 1", over(rows, lambda row: sampled(row, 0)),
-         over(rows, sampled), each(sampled)],
+         over(rows, sampled), each(rows, sampled)],
         ["held-out accuracy, greedy", over(rows, lambda row: greedy(row, 0)), over(rows, greedy),
-         each(greedy)],
+         each(rows, greedy)],
         ["KL to the start, nats per answer", 0, COLUMNS["KL per answer"](rows), ""],
         ["log-prob of the watched pairs: chosen, rejected", pair(0), pair(-1), ""],
         ["watched pairs in order", over(rows, lambda row: curve(row, order)[0]),
@@ -391,8 +438,7 @@ def self_play(found, language):
 def variations(found, language):
     """Two constants of self_play.py, and gspo.py with its reward function."""
     lines = [[f"{run.script} {' '.join(run.constants)}".replace("self_play", "").strip()
-              or "as shipped", *(", ".join(f"{what(row):.3f}" for row in rows)
-                                 for what in (sampled, greedy))] for run, rows in found]
+              or "as shipped", each(rows, sampled), each(rows, greedy)] for run, rows in found]
     return (markdown(["", "sampled, each seed", "greedy, each seed"], lines),
             [row for _, rows in found for row in rows])
 
@@ -565,6 +611,7 @@ TABLES = {  # name -> experiments, function of their `groups`, the language and 
     "stability": (["stability"], stability),
     "failures": (["stability"], failures),
     "corner": (["corner"], corner),
+    "caps": (["caps"], caps), "baseline": (["baseline"], baseline), "rates": (["rates"], rates),
     "gradients": (["gradients"], gradients),
     "length": (["length"], length),
     "hacking": (["hacking"], by_line("reward", "true accuracy, best", "true accuracy, end",

@@ -207,7 +207,7 @@ def test_a_fault_is_noticed(gspo, pretend, tmp_path, name, spoiled):
 
 @pytest.mark.parametrize("name, given", [
     ("grpo", []), ("dapo", ["OVERLONG_CACHE=2"]), ("ppo", []),
-    ("reinforce", ["MINIBATCH=4"]),
+    ("reinforce", ["MINIBATCH=4"]), ("gmpo", []), ("cispo", []),
     ("moe", ["POLICY_MODEL=data/policy_experts", "BALANCE_COEF=0.01", "MAX_NEW_TOKENS=3"]),
     ("gad", ["MAX_STEPS=3", "SEQKD_STEPS=1", "SEQKD_BATCH=2", "CRITIC_WARMUP=1", "WARMUP_BATCH=2",
              "GAD_EPOCHS=1", "MAX_NEW_TOKENS=40"]),

@@ -63,10 +63,11 @@ def test_the_default_learns(tmp_path):
     assert table.entropy[11:].mean() > 0.02, "it collapsed"
 
 
-def test_one_update_per_rollout_is_enough(tmp_path):
-    """The same bars for reinforce.py, whose loop and learning rate are its own: +0.65 and +0.46."""
-    script = ROOT / "RL_HAND" / "reinforce" / "reinforce.py"
-    sampled, greedy, reward, table = gains(tmp_path / "run", script=script)
+@pytest.mark.parametrize("script", ["reinforce", "gmpo", "cispo"])
+def test_its_relatives_learn(tmp_path, script):
+    """The same bars for scripts whose loss or loop is their own."""
+    path = ROOT / "RL_HAND" / script / f"{script}.py"
+    sampled, greedy, reward, table = gains(tmp_path / "run", script=path)
     assert sampled >= SAMPLED and greedy >= GREEDY, f"sampled {sampled:+.3f}, greedy {greedy:+.3f}"
     assert reward >= SAMPLED and late_minus_early(table) > 0.12
     assert table.entropy[11:].mean() > 0.02, "it collapsed"
