@@ -48,7 +48,7 @@ def parse(arguments):
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if not equals and name not in SCRIPTS:
-            fail(f"{name!r} has no clipped ratio; expected some of {', '.join(SCRIPTS)}")
+            fail(f"{name!r} cannot be drawn; expected some of {', '.join(SCRIPTS)}")
         if name in ("MAX_STEPS", "OUTPUT_DIR", "RESUME_FROM"):
             fail(f"{argument}: one step is taken; expected POLICY_MODEL=FOLDER, OUTPUT=FILE")
         if name == "OUTPUT":

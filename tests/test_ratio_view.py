@@ -56,7 +56,7 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["gad"], ["'gad' has no clipped ratio", "gspo, grpo, dapo, ppo"]),
+    (["gad"], ["'gad' cannot be drawn", "gspo, grpo, dapo, ppo"]),
     (["gspo", "MAX_STEPS=2"], ["MAX_STEPS=2", "one step"]),
     (["gspo", "RESUME_FROM=runs/gspo/epoch_1"], ["RESUME_FROM", "POLICY_MODEL=FOLDER"]),
     (["gspo", "OUTPUT_DIR=here"], ["OUTPUT_DIR=here", "OUTPUT=FILE"]),
