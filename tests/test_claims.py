@@ -59,6 +59,8 @@ def wrong_in_command(command, tools):
         return f"no experiment {unknown}" if unknown or not words[2:] else None
     if words == ["python", "benchmarks/routing.py"]:
         return None
+    if words[:2] == ["python", "benchmarks/memory.py"] and len(words) == 3:
+        return None if (ROOT / words[2]).is_file() else f"no script {words[2]}"
     if words[:2] == ["python", "RL_HAND/compare.py"]:
         try:
             _, names, _, constants = compare.parse(words[2:])
@@ -155,6 +157,7 @@ GOOD = ["claim", "sec. 5.1", "**shown**",
     (4, "`python benchmarks/experiments.py miracles`", "no experiment"),
     (4, "`python benchmarks/experiments.py`", "no experiment"),
     (4, "`python benchmarks/routing.py miracles`", "no command of a known kind"),
+    (4, "`python benchmarks/memory.py miracles.py`", "no script miracles.py"),
     (4, "`python RL_HAND/compare.py gspo MIRACLES=1`", "MIRACLES"),
     (4, "`python RL_HAND/compare.py gspo GROUP_SIZE=7`", "MINIBATCH"),
     (4, "`python RL_HAND/compare.py miracles`", "no script"),
