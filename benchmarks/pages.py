@@ -367,7 +367,7 @@ def baseline(found, language):
               "held out, step 30", "gradient norm, mean"]
     lines = [[f"`{run.label}`", each(rows, lambda row: fifth(row, "accuracy", 0)),
               each(rows, lambda row: fifth(row, "accuracy")), each(rows, sampled),
-              over(rows, lambda row: curve(row, "grad_norm").mean(), 2)] for run, rows in found]
+              over(rows, lambda row: curve(row, "grad_norm").mean())] for run, rows in found]
     return (markdown([said(text, language) for text in header], lines),
             [row for _, rows in found for row in rows])
 
