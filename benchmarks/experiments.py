@@ -278,8 +278,9 @@ def game(folder):
     table = pd.read_csv(folder / "metrics.csv")
     found, warmup, played = {}, table[table.stage == 2].tail(10), table[table.stage == 3]
     for stage in (1, 2, 3):
-        part = table[table.stage <= stage].dropna(subset=["eval/accuracy"])
-        found[f"step after stage {stage}"] = part.step.iloc[-1]
+        evaluated = table[table.stage <= stage].dropna(subset=["eval/accuracy"]).step
+        if len(evaluated):  # without SeqKD the first stage has none
+            found[f"step after stage {stage}"] = evaluated.iloc[-1]
         found[f"seconds of stage {stage}"] = table[table.stage == stage].step_time.sum()
     if len(played):
         found |= {"largest gap": played.score_gap.max(),
