@@ -287,6 +287,8 @@ def game(folder):
                   "best of the game": played["eval/accuracy"].max()}
         for name in ("d_rank", "d_grad_norm", "frac_no_signal", "matches_teacher", "kl", "d_spread",
                      "completions/mean_length"):
+            if name not in played:  # without a KL_COEF there is no KL
+                continue
             found |= {f"{name}, first 10 of the game": played.head(10)[name].mean(),
                       f"{name}, last 10 of the game": played.tail(10)[name].mean()}
     return found | {"d_acc, last 10 of the warm-up": warmup.d_acc.mean()} if len(warmup) else found

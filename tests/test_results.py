@@ -192,6 +192,30 @@ def test_what_is_finished_is_harvested(folder):
                                                                            "learning_rate"]
 
 
+@pytest.mark.parametrize("stages, kl", [([1, 2, 3], True), ([2, 3], True), ([2, 3], False),
+                                        ([1], False)])
+def test_what_a_game_leaves(tmp_path, stages, kl):
+    """By stage, whether or not there was SeqKD, a game, a KL."""
+    names = ["d_acc", "score_gap", "d_rank", "d_grad_norm", "frac_no_signal", "matches_teacher",
+             "d_spread", "completions/mean_length", *["kl"] * kl]
+    lines = [{"step": 0, "eval/accuracy": 0.2}] + [
+        {"step": 4 * i + k + 1, "stage": stage, "step_time": 1.0} | dict.fromkeys(names, i + 1)
+        | ({"eval/accuracy": 0.3 + i / 10} if k == 3 else {})
+        for i, stage in enumerate(stages) for k in range(4)]
+    pd.DataFrame(lines).to_csv(tmp_path / "metrics.csv", index=False)
+    found = experiments.game(tmp_path)
+    for i, stage in enumerate(stages):
+        assert found[f"step after stage {stage}"] == 4 * (i + 1)
+        assert found[f"seconds of stage {stage}"] == 4
+    assert ("step after stage 1" in found) == (1 in stages)
+    assert ("largest gap" in found) == (3 in stages) == ("d_rank, last 10 of the game" in found)
+    assert ("kl, last 10 of the game" in found) == (3 in stages and kl)
+    if 3 in stages:
+        assert found["largest gap"] == found["d_rank, first 10 of the game"] == len(stages)
+        assert found["best of the game"] == 0.2 + len(stages) / 10
+        assert found["d_acc, last 10 of the warm-up"] == len(stages) - 1
+
+
 def test_a_stale_row_gives_way_and_never_takes_the_place_of_a_current_one(folder):
     older = a_run(folder / "runs", source=GSPO + "\nmore = 1\n")
     assert experiments.harvest([older]) == 1
