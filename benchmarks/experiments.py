@@ -382,10 +382,12 @@ def take(rows, jobs):
         return float(row["seconds"]) + float(row["seconds of evaluations"])
     total = 0.0
     for job in jobs:
-        steps = int(next((word[10:] for word in job[2] if word.startswith("MAX_STEPS=")), 100))
+        known = constants_in(source_of(job[0])) | dict(word.split("=", 1) for word in job[2])
+        steps = int(known.get("SELF_PLAY_ROUNDS") or known.get("MAX_STEPS") or 100)
         like = [seconds(row) for k, row in rows.items() if k[:2] == job_key(job)[:2]] or [
-            steps * seconds(row) / int(row["steps"] or 1) for row in rows.values()
-            if row["script"] in (job[0], "grpo") and "MEASURE=" not in row["constants"]]
+            steps * seconds(row) / int(row["steps"] or 1) for script in (job[0], "grpo")
+            for row in rows.values() if row["script"] == script
+            and "MEASURE=" not in row["constants"]][:40]
         total += 4 + sum(like) / max(1, len(like))  # 4: to start
     return total
 

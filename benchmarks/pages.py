@@ -438,7 +438,7 @@ def self_play(found, language):
 
 def variations(found, language):
     """Two constants of self_play.py, and gspo.py with its reward function."""
-    lines = [[f"{run.script} {' '.join(run.constants)}".replace("self_play", "").strip()
+    lines = [[" ".join([run.script, *run.constants]).removeprefix("self_play").strip()
               or "as shipped", each(rows, sampled), each(rows, greedy)] for run, rows in found]
     return (markdown(["", "sampled, each seed", "greedy, each seed"], lines),
             [row for _, rows in found for row in rows])
