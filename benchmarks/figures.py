@@ -295,8 +295,7 @@ FIGURES = {  # experiment -> what draws it, and where the figure goes
                                                            "learning_rate")},
     **{name: (compared, SELF_PLAY / f"{name}.png") for name in ("self_play", "passes")},
     "preferences": (preferences, SELF_PLAY / "preferences.png"),
-    **{name: (clock, GAD / f"{name}.png") for name in ("gad", "gad_teachers", "gad_few",
-                                                       "gad_variations")},
+    **{name: (clock, GAD / f"{name}.png") for name in ("gad", "gad_teachers", "gad_few")},
     **{name: (games, GAD / f"{name}.png") for name in ("gad_collapses", "gad_remedies")}}
 
 
