@@ -128,11 +128,9 @@ def corner():
 
 def caps():
     """CISPO with a cap of 5 in the corners of the map, where the default, 1.2, stands already."""
-    found = []
-    for rate, updates in CORNERS:
-        script, constants, _ = on_the_map("CISPO", rate, updates)
-        found += runs(3, (script, [*constants, "CLIP_RANGE=(1.0, 4.0)"], "a cap of 5"))
-    return found
+    made = (on_the_map("CISPO", *place) for place in CORNERS)
+    return runs(3, *((script, [*constants, "CLIP_RANGE=(1.0, 4.0)"])
+                     for script, constants, _ in made))
 
 
 EXPERIMENTS = {  # in the order in which they are made
@@ -142,7 +140,8 @@ EXPERIMENTS = {  # in the order in which they are made
     "corner": corner(),
     "caps": caps(),
     "baseline": runs(3, *(("reinforce", [*words, *SHORT], label) for label, words in (
-        ("mean", []), ("leave-one-out", ["BASELINE=leave-one-out"]), ("none", ["BASELINE=none"])))),
+        ("`mean`", []), ("`leave-one-out`", ["BASELINE=leave-one-out"]),
+        ("`none`", ["BASELINE=none"])))),
     "rates": runs(2, *(
         ("reinforce", [*rate, *over, *SHORT], label) for label, over in (
             ("the sum over tokens (default)", []),
@@ -184,8 +183,10 @@ EXPERIMENTS = {  # in the order in which they are made
                              for dose in ([], OVERUSE) for label, form in FORMS)),
     "passes": runs(3, *(("self_play", [*form, *SOURCE], label)
                         for label, form in (FORMS[0], FORMS[3]))),
-    "variations": runs(3, ("self_play", []), ("self_play", ["USE_RANKING_LOSS=True"]),
-                       ("self_play", ["MARGIN=0.05"]), ("gspo", GRADED)),
+    "variations": runs(3, ("self_play", [], "as shipped"),
+                       ("self_play", ["USE_RANKING_LOSS=True"], "USE_RANKING_LOSS=True"),
+                       ("self_play", ["MARGIN=0.05"], "MARGIN=0.05"),
+                       ("gspo", GRADED, "gspo.py with this reward function")),
     "gad_remedies": gad(1, **{
         "saturated gap": SATURATED,
         "labels smoothed": [*SATURATED, "LABEL_SMOOTHING=0.1"],
@@ -285,10 +286,9 @@ def game(folder):
     if len(played):
         found |= {"largest gap": played.score_gap.max(),
                   "best of the game": played["eval/accuracy"].max()}
-        for name in ("d_rank", "d_grad_norm", "frac_no_signal", "matches_teacher", "kl", "d_spread",
-                     "completions/mean_length"):
-            if name not in played:  # without a KL_COEF there is no KL
-                continue
+        names = ("d_rank", "d_grad_norm", "frac_no_signal", "matches_teacher", "kl", "d_spread",
+                 "completions/mean_length")
+        for name in filter(played.columns.__contains__, names):  # without a KL_COEF there is no KL
             found |= {f"{name}, first 10 of the game": played.head(10)[name].mean(),
                       f"{name}, last 10 of the game": played.tail(10)[name].mean()}
     return found | {"d_acc, last 10 of the warm-up": warmup.d_acc.mean()} if len(warmup) else found
@@ -384,10 +384,10 @@ def take(rows, jobs):
     for job in jobs:
         known = constants_in(source_of(job[0])) | dict(word.split("=", 1) for word in job[2])
         steps = int(known.get("SELF_PLAY_ROUNDS") or known.get("MAX_STEPS") or 100)
-        like = [seconds(row) for k, row in rows.items() if k[:2] == job_key(job)[:2]] or [
-            steps * seconds(row) / int(row["steps"] or 1) for script in (job[0], "grpo")
-            for row in rows.values() if row["script"] == script
-            and "MEASURE=" not in row["constants"]][:40]
+        like = [seconds(row) for k, row in rows.items() if k[:2] == job_key(job)[:2]]
+        for script in (job[0], "grpo"):
+            like = like or [steps * seconds(row) / int(row["steps"] or 1) for row in rows.values()
+                            if row["script"] == script and "MEASURE=" not in row["constants"]]
         total += 4 + sum(like) / max(1, len(like))  # 4: to start
     return total
 

@@ -261,6 +261,13 @@ COLUMNS = {  # of tables with a run a line
     "by the gain": lambda rows: over(rows, lambda row: curve(row, "watched/implicit_accuracy")[-1]),
     "entropy": lambda rows: over(rows, lambda row: curve(row, "entropy")[-1]),
     "length": lambda rows: over(rows, lambda row: curve(row, "eval/mean_length")[-1], 1),
+    "accuracy in training, steps 1 to 10": lambda rows: each(
+        rows, lambda row: fifth(row, "accuracy", 0)),
+    "steps 26 to 30": lambda rows: each(rows, lambda row: fifth(row, "accuracy")),
+    "held out, step 30": lambda rows: each(rows, sampled),
+    "gradient norm, mean": lambda rows: over(rows, lambda row: curve(row, "grad_norm").mean()),
+    "sampled, each seed": lambda rows: each(rows, sampled),
+    "greedy, each seed": lambda rows: each(rows, greedy),
 }
 COLUMNS |= {"sampled, best": COLUMNS["best sampled"], "sampled, end": COLUMNS["sampled"],
             "greedy, end": COLUMNS["greedy"]}
@@ -344,32 +351,18 @@ def corner(found, language):
 
 def caps(found, language):
     """CISPO's two caps at the corners of the map: accuracy on the training questions, each seed."""
-    lines, rows = [], []
-    for label, words in (("1.2", []), ("5", found[0][0].constants[-1:])):
-        line = [f"`{' '.join(words) or 'CLIP_RANGE=(1.0, 0.2)'}`", label]
-        for rate, updates in experiments.CORNERS:
-            script, constants, _ = experiments.on_the_map("CISPO", rate, updates)
-            known = results.all_rows()
-            some = [known[k] for seed in range(3)
-                    if (k := key_of(script, [*constants, *words], seed)) in known]
-            rows += some
-            line += [each(some, lambda row: fifth(row, "accuracy")),
-                     f"{100 * np.mean([curve(row, CUT).mean() for row in some]):.2g} %"]
-        lines.append(line)
+    known, lines = cells(), []
+    default = [known["CISPO", *place] for place in experiments.CORNERS]
+    for words, cap, corners in (("CLIP_RANGE=(1.0, 0.2)", "1.2", default),
+                                ("CLIP_RANGE=(1.0, 4.0)", "5", [rows for _, rows in found])):
+        lines.append([f"`{words}`", cap])
+        for rows in corners:
+            lines[-1] += [each(rows, lambda row: fifth(row, "accuracy")),
+                          f"{100 * np.mean([curve(row, CUT).mean() for row in rows]):.2g} %"]
     header = ["", "the cap", "4 updates per rollout", "weights capped", "16 updates",
               "weights capped"]
-    return markdown([said(text, language) for text in header], lines), rows
-
-
-def baseline(found, language):
-    """REINFORCE with and without a baseline: each seed."""
-    header = ["`BASELINE`", "accuracy in training, steps 1 to 10", "steps 26 to 30",
-              "held out, step 30", "gradient norm, mean"]
-    lines = [[f"`{run.label}`", each(rows, lambda row: fifth(row, "accuracy", 0)),
-              each(rows, lambda row: fifth(row, "accuracy")), each(rows, sampled),
-              over(rows, lambda row: curve(row, "grad_norm").mean())] for run, rows in found]
     return (markdown([said(text, language) for text in header], lines),
-            [row for _, rows in found for row in rows])
+            [row for rows in (*default, *(rows for _, rows in found)) for row in rows])
 
 
 def rates(found, language):
@@ -434,14 +427,6 @@ def self_play(found, language):
          over(rows, lambda row: curve(row, order)[-1]), ""],
         ["rounds to 0.8 sampled", "", over(rows, lambda row: reached(row, "at step"), 1), ""],
     ]), rows
-
-
-def variations(found, language):
-    """Two constants of self_play.py, and gspo.py with its reward function."""
-    lines = [[" ".join([run.script, *run.constants]).removeprefix("self_play").strip()
-              or "as shipped", each(rows, sampled), each(rows, greedy)] for run, rows in found]
-    return (markdown(["", "sampled, each seed", "greedy, each seed"], lines),
-            [row for _, rows in found for row in rows])
 
 
 # ---- Experts
@@ -612,7 +597,10 @@ TABLES = {  # name -> experiments, function of their `groups`, the language and 
     "stability": (["stability"], stability),
     "failures": (["stability"], failures),
     "corner": (["corner"], corner),
-    "caps": (["caps"], caps), "baseline": (["baseline"], baseline), "rates": (["rates"], rates),
+    "caps": (["caps"], caps), "rates": (["rates"], rates),
+    "baseline": (["baseline"], by_line("`BASELINE`", "accuracy in training, steps 1 to 10",
+                                       "steps 26 to 30", "held out, step 30",
+                                       "gradient norm, mean")),
     "gradients": (["gradients"], gradients),
     "length": (["length"], length),
     "hacking": (["hacking"], by_line("reward", "true accuracy, best", "true accuracy, end",
@@ -628,7 +616,7 @@ TABLES = {  # name -> experiments, function of their `groups`, the language and 
     "overuse": (["preferences"], by_line("8 passes at 3e-4, 4 rounds", *FORMS,
                                          which=dose(*experiments.OVERUSE))),
     "passes": (["passes"], by_line("15 passes at 1e-4, 3 rounds", *FORMS)),
-    "variations": (["variations"], variations),
+    "variations": (["variations"], by_line("", "sampled, each seed", "greedy, each seed")),
     "gad": (["gad"], gad),
     "gad_variations": (["gad_variations"], gad_variations),
     "gad_collapses": (["gad_collapses"], gad_collapses),

@@ -54,22 +54,15 @@ def one_thread(gspo):
     """The fixture gspo sets it."""
 
 
-def test_the_default_learns(tmp_path):
-    sampled, greedy, reward, table = gains(tmp_path / "run")
-    assert sampled >= SAMPLED and greedy >= GREEDY, f"sampled {sampled:+.3f}, greedy {greedy:+.3f}"
-    assert reward >= SAMPLED
-    # The answers to the training questions say the same: +0.19 or more, shuffled at most +0.05.
-    assert late_minus_early(table) > 0.12
-    assert table.entropy[11:].mean() > 0.02, "it collapsed"
-
-
-@pytest.mark.parametrize("script", ["reinforce", "gmpo", "cispo"])
-def test_its_relatives_learn(tmp_path, script):
-    """The same bars for scripts whose loss or loop is their own."""
+@pytest.mark.parametrize("script", ["gspo", "reinforce", "gmpo", "cispo"])  # losses or loops apart
+def test_the_default_learns(tmp_path, script):
     path = ROOT / "RL_HAND" / script / f"{script}.py"
     sampled, greedy, reward, table = gains(tmp_path / "run", script=path)
     assert sampled >= SAMPLED and greedy >= GREEDY, f"sampled {sampled:+.3f}, greedy {greedy:+.3f}"
-    assert reward >= SAMPLED and late_minus_early(table) > 0.12
+    assert reward >= SAMPLED
+    # The answers to the training questions say the same: gspo.py +0.19 or more, shuffled at most
+    # +0.05.
+    assert late_minus_early(table) > 0.12
     assert table.entropy[11:].mean() > 0.02, "it collapsed"
 
 
