@@ -1,6 +1,6 @@
 """A picture that one can touch: a group's answers, their ratios, and what the clip range cuts.
 
-    python RL_HAND/ratio_view.py                                # gspo grpo dapo ppo
+    python RL_HAND/ratio_view.py                                # all that have a range
     python RL_HAND/ratio_view.py gspo grpo MINIBATCH=32 SEED=1  # constants, for scripts with them
     python RL_HAND/ratio_view.py gspo POLICY_MODEL=runs/gspo/epoch_1 OUTPUT=trained.html
 
@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = {"gspo": "answer", "grpo": "token", "dapo": "token", "ppo": "token"}  # what has a ratio
+SCRIPTS = {"gspo": "answer", "grpo": "token", "dapo": "token", "ppo": "token", "gmpo": "token"}
 LIMIT = 1_000_000  # bytes of the page; groups that do not fit are left out, the last ones first
 
 
@@ -131,10 +132,17 @@ def groups_of(seen, grpo, gspo):
     return sorted(groups, key=lambda group: len({each["right"] for each in group["answers"]}) < 2)
 
 
+def range_of(module):
+    """A script's clip range of ratios, (below 1, above 1). GMPO's constant is of log-ratios."""
+    low, high = module.clip_range()
+    of_logs = module.__name__.startswith("gmpo")
+    return (1 - math.exp(-low), math.exp(high) - 1) if of_logs else (low, high)
+
+
 def page_of(recordings):
     """The page: the template with the data in its place, of as many groups as fit."""
     grpo, gspo = import_script("grpo"), import_script("gspo")
-    scripts = [{"name": name, "by": SCRIPTS[name], "range": seen.module.clip_range(),
+    scripts = [{"name": name, "by": SCRIPTS[name], "range": range_of(seen.module),
                 "groups": groups_of(seen, grpo, gspo)} for name, seen in recordings.items()]
     for count in range(max(len(script["groups"]) for script in scripts), 0, -1):
         some = [script | {"groups": script["groups"][:count]} for script in scripts]
@@ -230,12 +238,13 @@ svg * { vector-effect: non-scaling-stroke } .lane { fill: var(--panel) } .out { 
 π/π<sub>old</sub>: how much <b class="up">more</b> or <b class="down">less</b> likely the updates
 have made it since it was sampled. What has left the clip range on the side to which its advantage A
 pushes turns <span class="grey">grey</span> and gets no policy gradient: in GSPO a whole answer, by
-its one ratio (the geometric mean of its tokens'), in GRPO, DAPO and PPO each token by its own.</p>
+its one ratio (the geometric mean of its tokens'), in GRPO, DAPO, PPO and GMPO each token by its
+own.</p>
 <p lang="zh">每一行是同一组里的一条回答，每个小格是其中一个 token，颜色表示它的重要性比率
 π/π<sub>old</sub>：采样之后的几步更新让它变得<b class="up">更可能</b>了，还是<b
 class="down">更不可能</b>了。沿优势 A 所推的方向越出裁剪范围的部分变成<span
 class="grey">灰色</span>，不再有策略梯度：GSPO 按整条回答唯一的序列级比率（各 token
-比率的几何平均）整条裁剪，GRPO、DAPO 和 PPO 则按每个 token 自己的比率逐个裁剪。</p>
+比率的几何平均）整条裁剪，GRPO、DAPO、PPO 和 GMPO 则按每个 token 自己的比率逐个裁剪。</p>
 <div class="panel"><div class="pick" id="scripts" role="radiogroup" aria-label="algorithm"></div>
 <label><span lang="en">question</span><span lang="zh">问题</span><select id="group"></select></label>
 <label><span lang="en">policy after this many updates</span><span lang="zh">策略更新了几步</span>

@@ -23,7 +23,7 @@ from conftest import ROOT, import_file
 from safetensors.torch import load_file
 
 VIEW = ROOT / "RL_HAND" / "ratio_view.py"
-NAMES = ["gspo", "grpo", "dapo", "ppo"]
+NAMES = ["gspo", "grpo", "dapo", "ppo", "gmpo"]
 SMALL = ["PROFILE=embedded", "DEVICE=cpu", "BATCH_SIZE=4", "GROUP_SIZE=4", "MINIBATCH=8",
          "LEARNING_RATE=5e-4", "SEED=1"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome",
@@ -81,7 +81,7 @@ def test_what_cannot_be_done_is_one_line(view, monkeypatch, tmp_path, arguments,
 
 
 def test_a_script_gets_the_constants_that_it_has(view, tmp_path):
-    """All four without names; `GSPO_EPOCHS` is GSPO's alone, `SEED` everyone's."""
+    """All without names; `GSPO_EPOCHS` is GSPO's alone, `SEED` everyone's."""
     output, modules, constants = view.parse(
         [f"OUTPUT={tmp_path}/a.html", "GSPO_EPOCHS=3", "SEED=5"])
     assert output == tmp_path / "a.html" and list(modules) == NAMES
@@ -144,14 +144,33 @@ def rows_of(seen, question):
 
 
 def loss_of(seen, update, clip=None):
-    """The statistics of a script's `policy_loss` of the rollout, with another CLIP_RANGE."""
+    """The statistics of a script's `policy_loss` of the rollout, with another range of ratios."""
     module, batch = seen.module, seen.batch
     before = module.CLIP_RANGE
+    if clip and is_gmpo(module):
+        clip = (-math.log1p(-clip[0]) if clip[0] < 1 else math.inf, math.log1p(clip[1]))
     module.CLIP_RANGE = clip or before
     statistics = module.policy_loss(seen.logps[update], batch.old_logps, batch.advantages,
                                     batch.completion_mask)[1]
     module.CLIP_RANGE = before
     return statistics
+
+
+def ratios_of(seen, update):
+    """The ratios of a script's loss that are compared with the range: GMPO's `ratio/mean` is of
+    answers, cut; its tokens' are GRPO's."""
+    change = (seen.logps[update] - seen.batch.old_logps) * seen.batch.completion_mask
+    return change.exp() if is_gmpo(seen.module) else loss_of(seen, update)["ratio/mean"]
+
+
+def is_gmpo(module):
+    """Whether a script is the one whose range is of log-ratios."""
+    return module.__name__.startswith("gmpo")
+
+
+def range_of(module):
+    """The range of ratios that a script has by default."""
+    return (1 - math.exp(-0.4), math.exp(0.4) - 1) if is_gmpo(module) else module.clip_range()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -161,7 +180,7 @@ def test_the_numbers_in_the_page_are_the_scripts(made, name):
     seen, page = recordings[name], data_of(file.read_text(encoding="utf-8"))
     script, = [each for each in page["scripts"] if each["name"] == name]
     batch, total, mixed = seen.batch, 0.0, []
-    assert tuple(script["range"]) == seen.module.clip_range() and len(script["groups"]) == 4
+    assert tuple(script["range"]) == range_of(seen.module) and len(script["groups"]) == 4
     for group in script["groups"]:
         rows = rows_of(seen, group["question"])
         mixed.append(len({answer["right"] for answer in group["answers"]}) == 2)
@@ -177,7 +196,7 @@ def test_the_numbers_in_the_page_are_the_scripts(made, name):
             total += floats(answer["weight"]).sum()
             assert len(answer["ratios"]) == len(answer["whole"]) == len(seen.logps) == 5
             for update, (ratios, whole) in enumerate(zip(answer["ratios"], answer["whole"])):
-                used = loss_of(seen, update)["ratio/mean"][i][real].numpy()
+                used = ratios_of(seen, update)[i][real].numpy()
                 assert ((whole if script["by"] == "answer" else floats(ratios)) == used).all()
                 assert math.isclose(np.log(floats(ratios)).mean(), math.log(whole), abs_tol=1e-6)
     assert math.isclose(total, 1.0, rel_tol=1e-5) and mixed == sorted(mixed, reverse=True)
@@ -299,7 +318,7 @@ def counted(browser):
 
 def expected(seen, question, update, high):
     """The same by the script: clipped tokens, tokens and answers with a gradient, its share."""
-    low, top = seen.module.clip_range()
+    low, top = range_of(seen.module)
     mask, size = seen.batch.completion_mask, (seen.weights * seen.batch.advantages).double().abs()
     region = loss_of(seen, update, (min(1.0, high * low / top), high))["clip_ratio/region_mean"]
     left = size * (1 - region)
@@ -327,12 +346,12 @@ def test_the_page_counts_as_the_scripts_do(browser, made):
     """Each script, update and several ranges, among them the very ratios that occur."""
     file, recordings = made
     for name, seen in recordings.items():
-        ratios = loss_of(seen, 3)["ratio/mean"][seen.batch.completion_mask.bool()]
+        ratios = ratios_of(seen, 3)[seen.batch.completion_mask.bool()]
         edges = [float(ratio) - 1 for ratio in ratios[ratios > 1.0001][::17][:4]]
         found = set()
         browser.open(f"{file.as_uri()}#script={name}")
         assert not browser.complaints()
-        assert browser.tell("at.clip") == seen.module.clip_range()[1]
+        assert browser.tell("at.clip") == range_of(seen.module)[1]
         assert_the_page_counts(browser, seen)
         for update in range(5):
             for clip in (0.0001, 0.0004, 0.01, 0.2, 0.9, *edges):
