@@ -64,6 +64,14 @@ LOSSES = {  # of the map: what it is called -> script and constants
     "GMPO": ("gmpo", []), "GRPO": ("grpo", []),
     "GRPO, no clip": ("grpo", ["CLIP_RANGE=(1.0, 1e9)"]), "DAPO": ("dapo", []), "PPO": ("ppo", []),
     "CISPO": ("cispo", []), "REINFORCE": ("reinforce", [])}
+ONLY = ["REWARD_WEIGHTS={'verifier': 1.0}", "KL_COEF=0"]  # what relatives of GRPO have in common
+RELATIVES = {
+    "GRPO": [], "clip-higher": ["CLIP_RANGE=(0.2, 0.28)"], "token-mean": ["AGGREGATION=token-mean"],
+    "dr-grpo": ["AGGREGATION=dr-grpo"], "relative": ["ADVANTAGE_TYPE=relative"],
+    "batch-std": ["ADVANTAGE_TYPE=batch-std"], "reinforce++": ["ADVANTAGE_TYPE=reinforce++"],
+    "maxrl": ["ADVANTAGE_TYPE=maxrl"],
+    "Dr. GRPO": ["AGGREGATION=dr-grpo", "ADVANTAGE_TYPE=relative"],
+    "Lite-PPO": ["AGGREGATION=token-mean", "ADVANTAGE_TYPE=batch-std"]}
 EXPERTS = ["REWARD_WEIGHTS={'verifier': 1.0}", "ENTROPY_COEF=0.0", "ADVANTAGE_TYPE=normalized",
            "MAX_STEPS=30", "EVAL_EVERY=0"]
 EDGE = ["LEARNING_RATE=4e-4", "MINIBATCH=32", "MOE_EPOCHS=4"]  # as in the corner of the map
@@ -131,6 +139,16 @@ def caps():
     made = (on_the_map("CISPO", *place) for place in CORNERS)
     return runs(3, *((script, [*constants, "CLIP_RANGE=(1.0, 4.0)"])
                      for script, constants, _ in made))
+
+
+def group_sizes():
+    """128 answers a rollout in groups of another size: as by default, and in the map's corner."""
+    found = []
+    for size in (2, 8, 32):
+        words = [f"GROUP_SIZE={size}", f"BATCH_SIZE={128 // size}"] if size != 8 else []
+        script, constants, _ = on_the_map("GSPO", "4e-4", 16)
+        found += [("gspo", words, f"{size}"), (script, [*words, *constants], f"{size}")]
+    return runs(3, *found)
 
 
 EXPERIMENTS = {  # in the order in which they are made
@@ -212,6 +230,18 @@ EXPERIMENTS = {  # in the order in which they are made
          f"{name}, {replay}")
         for name, ratio in (("GRPO", "token"), ("GSPO", "sequence"))
         for replay in ("none", "R2", "R3"))),
+    "dapo_parts": runs(3, ("dapo", [], "DAPO"),
+                       ("dapo", ["DYNAMIC_SAMPLING=False"], "no dynamic sampling"),
+                       ("dapo", ["CLIP_RANGE=0.2"], "no clip-higher"),
+                       ("dapo", ["OVERLONG_CACHE=0"], "no overlong penalty")),
+    "relatives": runs(3, *(("grpo", [*ONLY, *words], label) for label, words in RELATIVES.items())),
+    "group_sizes": group_sizes(),
+    "guides": runs(3, ("gspo", [], "default"),
+                   ("gspo", ["GROUP_SIZE=4", "GSPO_EPOCHS=4"], "general"),
+                   ("gspo", ["GROUP_SIZE=6", "GSPO_EPOCHS=5", "ADVANTAGE_TYPE=normalized",
+                             "MINIBATCH=48"], "long answers"),
+                   ("gspo", ["GROUP_SIZE=3", "GSPO_EPOCHS=3", "MINIBATCH=48"], "short answers"),
+                   ("gspo", ["ENTROPY_COEF=0.02", "KL_COEF=0.1"], "creative text")),
 }
 BRIEF = ("stability", "corner")  # with fewer curves in a row; and the KL of the last checkpoint
 QUICK = ["family", "clip", "hacking", "self_play", "gad", "stability"]  # what is_quick of them
@@ -252,26 +282,54 @@ def owners():
 # ========================================== Making rows =========================================
 
 
-def final_kl(folder):
-    """KL(policy || start) of a run's last checkpoint, nats per answer and per token: one answer
-    sampled to each held-out question, and scored by both. None if no checkpoint has weights."""
-    checkpoints = sorted(folder.glob("[!.]*/model.safetensors"), key=os.path.getmtime)
-    if not checkpoints:
-        return {}
+def held_out(policy, count):
+    """A policy's answers to the held-out questions, `count` to each, drawn with seed 0: what
+    scored them (self_play.py as a module), the policy, the batch, and which answers are right."""
     script = results.import_file(ROOT / "RL_HAND" / "self_play" / "self_play.py")
     script.configure(["PROFILE=embedded", "DEVICE=cpu"])
     script.torch.set_num_threads(script.THREADS)
     script.transformers.utils.logging.disable_progress_bar()
-    policy = script.load_policy(checkpoints[-1].parent)
-    start = script.load_policy(ROOT / "data" / "policy")
+    policy = script.load_policy(policy)
     tokenizer = script.AutoTokenizer.from_pretrained(ROOT / "data" / "policy")
     with contextlib.redirect_stdout(None):
         rows = script.load_rows("eval_datasets", tokenizer)
     script.torch.manual_seed(0)
-    batch = script.sample_groups(policy, tokenizer, rows, 1)
+    batch = script.sample_groups(policy, tokenizer, rows, count)
+    texts = tokenizer.batch_decode(batch.completion_ids.where(
+        batch.completion_mask > 0, tokenizer.pad_token_id), skip_special_tokens=True)
+    right = script.verify([rows[i] for i in batch.prompt_index], texts)
+    return script, policy, batch, script.torch.tensor(right) > 0
+
+
+def last_checkpoint(folder):
+    """The folder of a run's last checkpoint that has weights, or None."""
+    found = sorted(folder.glob("[!.]*/model.safetensors"), key=os.path.getmtime)
+    return found[-1].parent if found else None
+
+
+def final_kl(folder):
+    """KL(policy || start) of a run's last checkpoint, nats per answer and per token: one answer
+    sampled to each held-out question, and scored by both. None if no checkpoint has weights."""
+    if not (place := last_checkpoint(folder)):
+        return {}
+    script, _, batch, _ = held_out(place, 1)
+    start = script.load_policy(ROOT / "data" / "policy")
     gap = (batch.sampled_logps - script.score_without_grad(start, batch)) * batch.completion_mask
     return {"final KL per answer": float(gap.sum(1).mean()),
             "final KL per token": float(gap.sum() / batch.completion_mask.sum())}
+
+
+def lengths(folder):
+    """Mean tokens of right and of wrong answers, four to each held-out question: of the starting
+    policy and of a run's last checkpoint."""
+    found = {}
+    for when, place in (("before", ROOT / "data" / "policy"), ("after", last_checkpoint(folder))):
+        if place:
+            _, _, batch, right = held_out(place, 4)
+            tokens = batch.completion_mask.sum(1)
+            found |= {f"tokens of right answers, {when}": float(tokens[right].mean()),
+                      f"tokens of wrong answers, {when}": float(tokens[~right].mean())}
+    return found
 
 
 def game(folder):
@@ -338,7 +396,8 @@ def harvest(folders):
         if found in known and all(row[name] == known[found][name] for name in ("code", "data")):
             continue
         more = {**(game(folder) if found[0] == "gad" else {}),
-                **(final_kl(folder) if found[0] == "self_play" or owner[found] in BRIEF else {})}
+                **(final_kl(folder) if found[0] == "self_play" or owner[found] in BRIEF else {}),
+                **(lengths(folder) if owner[found] == "relatives" else {})}
         row |= {name: results.number(value, 4) for name, value in more.items()}
         count += results.keep([row], owner, RUNS)
     return count

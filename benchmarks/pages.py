@@ -265,6 +265,10 @@ COLUMNS = {  # of tables with a run a line
         rows, lambda row: fifth(row, "accuracy", 0)),
     "steps 26 to 30": lambda rows: each(rows, lambda row: fifth(row, "accuracy")),
     "held out, step 30": lambda rows: each(rows, sampled),
+    "tokens to 0.8": lambda rows: over(rows, lambda row: reached(row, "at num_tokens")),
+    "tokens in all": lambda rows: over(rows, lambda row: curve(row, "at num_tokens")[-1]),
+    "entropy, first / last 20 steps": lambda rows: " / ".join(
+        over(rows, lambda row: fifth(row, "entropy", which)) for which in (0, -1)),  # noqa: B023
     "gradient norm, mean": lambda rows: over(rows, lambda row: curve(row, "grad_norm").mean()),
     "sampled, each seed": lambda rows: each(rows, sampled),
     "greedy, each seed": lambda rows: each(rows, greedy),
@@ -372,6 +376,35 @@ def rates(found, language):
         lines.setdefault(run.label, []).append(each(rows, lambda row: fifth(row, "accuracy")))
     return (markdown(["LEARNING_RATE", "1e-4", "2e-4", "4e-4", "8e-4"],
                      [[said(label, language), *cells] for label, cells in lines.items()]),
+            [row for _, rows in found for row in rows])
+
+
+def relatives(found, language):
+    """GRPO with a constant or two of its relatives; how long right and wrong answers become."""
+    def tokens(rows, when):
+        return [kept(rows, f"tokens of {which} answers, {when}", 1) for which in ("right", "wrong")]
+    first = found[0][1]
+    lines = [["before", over(first, lambda row: sampled(row, 0)),
+              over(first, lambda row: greedy(row, 0)), "", *tokens(first, "before")]]
+    lines += [[f"`{' '.join(run.constants[len(experiments.ONLY):])}`" if run.label.islower()
+               else run.label, over(rows, sampled), over(rows, greedy),
+               over(rows, lambda row: reached(row, "at step")), *tokens(rows, "after")]
+              for run, rows in found]
+    return (markdown(["", "sampled", "greedy", "steps to 0.8", "right answers, tokens",
+                      "wrong answers, tokens"], lines), [row for _, rows in found for row in rows])
+
+
+def group_sizes(found, language):
+    """128 answers a rollout in groups of another size: by default, and in the map's corner."""
+    edge, plain = ({run.label: rows for run, rows in found
+                    if ("EVAL_EVERY=0" in run.constants) == short} for short in (True, False))
+    lines = [[size, over(rows, sampled), over(rows, greedy),
+              over(rows, lambda row: reached(row, "at step")),
+              over(rows, lambda row: fifth(row, "frac_reward_zero_std"), 2),
+              over(edge.get(size, []), sampled, 2)] for size, rows in plain.items()]
+    header = ["GROUP_SIZE", "sampled after", "greedy after", "steps to 0.8",
+              "groups without spread, last 20 steps", "4e-4 × 16, 25 steps: sampled after"]
+    return (markdown([said(text, language) for text in header], lines),
             [row for _, rows in found for row in rows])
 
 
@@ -623,6 +656,12 @@ TABLES = {  # name -> experiments, function of their `groups`, the language and 
     "gad_remedies": (["gad_remedies"], gad_collapses),
     "gad_teachers": (["gad_teachers", "gad_few"], gad_outcomes),
     "routing": ([], routing), "flips": ([], flips), "noise": ([], noise),
+    "dapo_parts": (["dapo_parts"], by_line("", "sampled", "greedy", "steps to 0.8", "tokens to 0.8",
+                                           "tokens in all", "entropy, first / last 20 steps")),
+    "relatives": (["relatives"], relatives),
+    "group_sizes": (["group_sizes"], group_sizes),
+    "guides": (["guides"], by_line("", "sampled after", "greedy after", "steps to 0.8",
+                                   "tokens to 0.8", "tokens in all", "length")),
     "experts": (["experts"], experts), "experts_edge": (["experts_edge"], experts),
 }
 
