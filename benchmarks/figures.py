@@ -25,9 +25,11 @@ PANELS = {  # experiment -> (title, metric, scale), beside accuracy
 
 def line(axes, rows, metric, label, x="step", smooth=1, **style):
     """One metric of some runs: their mean and their range, where they were measured. x: "step", or
-    what the evaluations stand at: "num_tokens", "seconds", put on a common grid."""
+    what the evaluations stand at: "num_tokens", "seconds", put on a common grid. Runs that have not
+    measured it take their turn of the colours, so that a run has the same one in every panel."""
     rows = [row for row in rows if len(curve(row, metric)) > 1]
     if not rows:
+        axes.plot([], [], **style)
         return
     values = [curve(row, metric) for row in rows]
     at = [places(row, metric) if x == "step" else curve(row, f"at {x}") for row in rows]
@@ -251,8 +253,8 @@ def clock(name, found):
             ("held-out accuracy, greedy", "eval/accuracy_greedy", "seconds"),
             ("D ranks a right answer above a wrong one", "d_rank", "step"),
             ("answers that are the teacher's very text", "matches_teacher", "step"))):
-        for run, rows in found:
-            line(axes, rows, metric, f"{run.label} ({len(rows)} runs)", x)
+        for i, (run, rows) in enumerate(found):  # where two are the same, the first one is seen
+            line(axes, rows, metric, f"{run.label} ({len(rows)} runs)", x, zorder=3 - 0.1 * i)
         plain(axes, title, {"seconds": "seconds of training", "step": "step"}[x])
         axes.set_ylim(0, 1)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=9, frameon=False,

@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 import results
 from conftest import ROOT, import_file
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 TABLES = import_file(ROOT / "tools" / "tables.py", "tables_of_results")
 GSPO = (ROOT / "RL_HAND" / "gspo" / "gspo.py").read_text(encoding="utf-8")
@@ -391,6 +393,8 @@ def test_while_rows_are_missing_the_older_table_stays(page):
 def test_every_table_and_figure_can_be_made(folder):
     """Of all rows, in both languages, with as many lines and columns in each."""
     names = ["final KL per answer", "final KL per token", "largest gap", "step after stage 1",
+             *(f"tokens of {which} answers, {when}" for which in ("right", "wrong")
+               for when in ("before", "after")),
              "d_acc, last 10 of the warm-up", *results.PHASES]
     curves = [*results.CURVES, "cosine", "same mean", "answers", "length", "sd of a token",
               "sd of the mean", "sd of the sum"]
@@ -410,6 +414,16 @@ def test_every_table_and_figure_can_be_made(folder):
         assert "nan" not in english, name
     for name, (function, _) in figures.FIGURES.items():
         assert function(name, pages.groups(name)).axes, name
+
+
+def test_a_run_has_its_colour_in_every_panel():
+    """Also where the runs before it have not measured what the panel shows."""
+    row = {"steps": "50", "d_rank": "0.5 0.6"}
+    axes = Figure().subplots()
+    for label, rows in (("without", [{"steps": "50"}]), ("with", [row])):
+        figures.line(axes, rows, "d_rank", label)
+    assert axes.get_legend_handles_labels()[1] == ["with"]
+    assert to_hex(axes.lines[-1].get_color()) == to_hex("C1")
 
 
 def test_a_table_that_does_not_exist():
