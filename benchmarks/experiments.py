@@ -236,12 +236,6 @@ EXPERIMENTS = {  # in the order in which they are made
                        ("dapo", ["OVERLONG_CACHE=0"], "no overlong penalty")),
     "relatives": runs(3, *(("grpo", [*ONLY, *words], label) for label, words in RELATIVES.items())),
     "group_sizes": group_sizes(),
-    "guides": runs(3, ("gspo", [], "default"),
-                   ("gspo", ["GROUP_SIZE=4", "GSPO_EPOCHS=4"], "general"),
-                   ("gspo", ["GROUP_SIZE=6", "GSPO_EPOCHS=5", "ADVANTAGE_TYPE=normalized",
-                             "MINIBATCH=48"], "long answers"),
-                   ("gspo", ["GROUP_SIZE=3", "GSPO_EPOCHS=3", "MINIBATCH=48"], "short answers"),
-                   ("gspo", ["ENTROPY_COEF=0.02", "KL_COEF=0.1"], "creative text")),
 }
 BRIEF = ("stability", "corner")  # with fewer curves in a row; and the KL of the last checkpoint
 QUICK = ["family", "clip", "hacking", "self_play", "gad", "stability"]  # what is_quick of them

@@ -660,8 +660,6 @@ TABLES = {  # name -> experiments, function of their `groups`, the language and 
                                            "tokens in all", "entropy, first / last 20 steps")),
     "relatives": (["relatives"], relatives),
     "group_sizes": (["group_sizes"], group_sizes),
-    "guides": (["guides"], by_line("", "sampled after", "greedy after", "steps to 0.8",
-                                   "tokens to 0.8", "tokens in all", "length")),
     "experts": (["experts"], experts), "experts_edge": (["experts_edge"], experts),
 }
 
