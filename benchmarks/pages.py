@@ -63,7 +63,8 @@ CHINESE = {  # of what tables say
     "answers moved by more than GSPO's clip width": "移动超过 GSPO 裁剪宽度的回答",
     "tokens moved by more than 0.2": "移动超过 0.2 的 token",
     "sd of tokens: free": "token 的标准差：自由", "sd of answers: free": "回答的标准差：自由",
-    "forced": "强制", "noise, in stds of the logits": "噪声，以 logits 的标准差为单位",
+    "groups without spread, last 20 steps": "没有差别的组，后 20 步",
+    "4e-4 × 16, 25 steps: sampled after": "4e-4 × 16，25 步：训练后采样", "forced": "强制", "noise, in stds of the logits": "噪声，以 logits 的标准差为单位",
     "the sampler's accuracy": "采样端的准确率", "gradient norm, max": "梯度范数，最大",
     "largest token ratio": "最大的 token 比率", "largest ratio of an answer": "最大的回答比率",
     "effective experts, least of a layer": "有效专家数，最少的一层",
@@ -382,7 +383,11 @@ def rates(found, language):
 def relatives(found, language):
     """GRPO with a constant or two of its relatives; how long right and wrong answers become."""
     def tokens(rows, when):
-        return [kept(rows, f"tokens of {which} answers, {when}", 1) for which in ("right", "wrong")]
+        values = [[float(row[f"tokens of {which} answers, {when}"]) for row in rows]
+                  for which in ("right", "wrong")]
+        return [f"{np.mean(some):.1f}" + (f" ± {np.std(some, ddof=1) / len(some) ** 0.5:.1f}"
+                                          if when == "after" and len(some) > 1 else "")
+                for some in values]
     first = found[0][1]
     lines = [["before", over(first, lambda row: sampled(row, 0)),
               over(first, lambda row: greedy(row, 0)), "", *tokens(first, "before")]]
