@@ -141,16 +141,6 @@ def caps():
                      for script, constants, _ in made))
 
 
-def group_sizes():
-    """128 answers a rollout in groups of another size: as by default, and in the map's corner."""
-    found = []
-    for size in (2, 8, 32):
-        words = [f"GROUP_SIZE={size}", f"BATCH_SIZE={128 // size}"] if size != 8 else []
-        script, constants, _ = on_the_map("GSPO", "4e-4", 16)
-        found += [("gspo", words, f"{size}"), (script, [*words, *constants], f"{size}")]
-    return runs(3, *found)
-
-
 EXPERIMENTS = {  # in the order in which they are made
     "family": runs(5, *((script, []) for script in FAMILY)),
     "default": runs(5, ("gspo", [])),
@@ -235,7 +225,6 @@ EXPERIMENTS = {  # in the order in which they are made
                        ("dapo", ["CLIP_RANGE=0.2"], "no clip-higher"),
                        ("dapo", ["OVERLONG_CACHE=0"], "no overlong penalty")),
     "relatives": runs(3, *(("grpo", [*ONLY, *words], label) for label, words in RELATIVES.items())),
-    "group_sizes": group_sizes(),
 }
 BRIEF = ("stability", "corner")  # with fewer curves in a row; and the KL of the last checkpoint
 QUICK = ["family", "clip", "hacking", "self_play", "gad", "stability"]  # what is_quick of them

@@ -63,8 +63,7 @@ CHINESE = {  # of what tables say
     "answers moved by more than GSPO's clip width": "移动超过 GSPO 裁剪宽度的回答",
     "tokens moved by more than 0.2": "移动超过 0.2 的 token",
     "sd of tokens: free": "token 的标准差：自由", "sd of answers: free": "回答的标准差：自由",
-    "groups without spread, last 20 steps": "没有差别的组，后 20 步",
-    "4e-4 × 16, 25 steps: sampled after": "4e-4 × 16，25 步：训练后采样", "forced": "强制", "noise, in stds of the logits": "噪声，以 logits 的标准差为单位",
+    "forced": "强制", "noise, in stds of the logits": "噪声，以 logits 的标准差为单位",
     "the sampler's accuracy": "采样端的准确率", "gradient norm, max": "梯度范数，最大",
     "largest token ratio": "最大的 token 比率", "largest ratio of an answer": "最大的回答比率",
     "effective experts, least of a layer": "有效专家数，最少的一层",
@@ -399,20 +398,6 @@ def relatives(found, language):
                       "wrong answers, tokens"], lines), [row for _, rows in found for row in rows])
 
 
-def group_sizes(found, language):
-    """128 answers a rollout in groups of another size: by default, and in the map's corner."""
-    edge, plain = ({run.label: rows for run, rows in found
-                    if ("EVAL_EVERY=0" in run.constants) == short} for short in (True, False))
-    lines = [[size, over(rows, sampled), over(rows, greedy),
-              over(rows, lambda row: reached(row, "at step")),
-              over(rows, lambda row: fifth(row, "frac_reward_zero_std"), 2),
-              over(edge.get(size, []), sampled, 2)] for size, rows in plain.items()]
-    header = ["GROUP_SIZE", "sampled after", "greedy after", "steps to 0.8",
-              "groups without spread, last 20 steps", "4e-4 × 16, 25 steps: sampled after"]
-    return (markdown([said(text, language) for text in header], lines),
-            [row for _, rows in found for row in rows])
-
-
 def gradients(found, language):
     """The cosine to GRPO's gradient at updates of one rollout; the first two, with each loss's own
     mean and with GRPO's, say what is the loss and what is the mean."""
@@ -664,7 +649,6 @@ TABLES = {  # name -> experiments, function of their `groups`, the language and 
     "dapo_parts": (["dapo_parts"], by_line("", "sampled", "greedy", "steps to 0.8", "tokens to 0.8",
                                            "tokens in all", "entropy, first / last 20 steps")),
     "relatives": (["relatives"], relatives),
-    "group_sizes": (["group_sizes"], group_sizes),
     "experts": (["experts"], experts), "experts_edge": (["experts_edge"], experts),
 }
 
