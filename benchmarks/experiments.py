@@ -141,6 +141,16 @@ def caps():
                      for script, constants, _ in made))
 
 
+def group_sizes():
+    """As many answers a rollout and rollouts, in groups of 8 or of 16: by default, and in the map's
+    corner."""
+    script, edge, _ = on_the_map("GSPO", "4e-4", 16)
+    larger = ["GROUP_SIZE=16", "BATCH_SIZE=8"]
+    few, many = "16 questions × 8 answers (default)", "8 questions × 16 answers"
+    return runs(3, (script, [], few), (script, [*larger, "MAX_STEPS=100"], many),
+                (script, edge, few), (script, [*larger, *edge], many))
+
+
 EXPERIMENTS = {  # in the order in which they are made
     "family": runs(5, *((script, []) for script in FAMILY)),
     "default": runs(5, ("gspo", [])),
@@ -225,6 +235,7 @@ EXPERIMENTS = {  # in the order in which they are made
                        ("dapo", ["CLIP_RANGE=0.2"], "no clip-higher"),
                        ("dapo", ["OVERLONG_CACHE=0"], "no overlong penalty")),
     "relatives": runs(3, *(("grpo", [*ONLY, *words], label) for label, words in RELATIVES.items())),
+    "group_sizes": group_sizes(),
 }
 BRIEF = ("stability", "corner")  # with fewer curves in a row; and the KL of the last checkpoint
 QUICK = ["family", "clip", "hacking", "self_play", "gad", "stability"]  # what is_quick of them

@@ -63,6 +63,10 @@ CHINESE = {  # of what tables say
     "answers moved by more than GSPO's clip width": "移动超过 GSPO 裁剪宽度的回答",
     "tokens moved by more than 0.2": "移动超过 0.2 的 token",
     "sd of tokens: free": "token 的标准差：自由", "sd of answers: free": "回答的标准差：自由",
+    "groups without spread, last 20 steps": "没有差别的组，后 20 步",
+    "4e-4 × 16, after 25 steps": "4e-4 × 16，25 步之后",
+    "16 questions × 8 answers (default)": "16 题 × 8 个回答（默认）",
+    "8 questions × 16 answers": "8 题 × 16 个回答",
     "forced": "强制", "noise, in stds of the logits": "噪声，以 logits 的标准差为单位",
     "the sampler's accuracy": "采样端的准确率", "gradient norm, max": "梯度范数，最大",
     "largest token ratio": "最大的 token 比率", "largest ratio of an answer": "最大的回答比率",
@@ -398,6 +402,20 @@ def relatives(found, language):
                       "wrong answers, tokens"], lines), [row for _, rows in found for row in rows])
 
 
+def group_sizes(found, language):
+    """As many answers in larger groups: by default, and in the map's corner."""
+    edge, plain = ({run.label: rows for run, rows in found
+                    if ("EVAL_EVERY=0" in run.constants) == short} for short in (True, False))
+    lines = [[said(label, language), over(rows, sampled), over(rows, greedy),
+              over(rows, lambda row: reached(row, "at step")),
+              over(rows, lambda row: fifth(row, "frac_reward_zero_std"), 2),
+              over(edge.get(label, []), sampled, 2)] for label, rows in plain.items()]
+    header = ["", "sampled after", "greedy after", "steps to 0.8",
+              "groups without spread, last 20 steps", "4e-4 × 16, after 25 steps"]
+    return (markdown([said(text, language) for text in header], lines),
+            [row for _, rows in found for row in rows])
+
+
 def gradients(found, language):
     """The cosine to GRPO's gradient at updates of one rollout; the first two, with each loss's own
     mean and with GRPO's, say what is the loss and what is the mean."""
@@ -649,6 +667,7 @@ TABLES = {  # name -> experiments, function of their `groups`, the language and 
     "dapo_parts": (["dapo_parts"], by_line("", "sampled", "greedy", "steps to 0.8", "tokens to 0.8",
                                            "tokens in all", "entropy, first / last 20 steps")),
     "relatives": (["relatives"], relatives),
+    "group_sizes": (["group_sizes"], group_sizes),
     "experts": (["experts"], experts), "experts_edge": (["experts_edge"], experts),
 }
 
