@@ -25,6 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
+# What each script's range cuts; that of cispo.py cuts nothing, and reinforce.py has no ratio.
 SCRIPTS = {"gspo": "answer", "grpo": "token", "dapo": "token", "ppo": "token", "gmpo": "token"}
 LIMIT = 1_000_000  # bytes of the page; groups that do not fit are left out, the last ones first
 

@@ -17,6 +17,7 @@ deleted; `python tools/tables.py` puts the rows into the pages.
 """
 
 import contextlib
+import functools
 import os
 import random
 import re
@@ -64,16 +65,17 @@ LOSSES = {  # of the map: what it is called -> script and constants
     "GMPO": ("gmpo", []), "GRPO": ("grpo", []),
     "GRPO, no clip": ("grpo", ["CLIP_RANGE=(1.0, 1e9)"]), "DAPO": ("dapo", []), "PPO": ("ppo", []),
     "CISPO": ("cispo", []), "REINFORCE": ("reinforce", [])}
-ONLY = ["REWARD_WEIGHTS={'verifier': 1.0}", "KL_COEF=0"]  # what relatives of GRPO have in common
-RELATIVES = {
-    "GRPO": [], "clip-higher": ["CLIP_RANGE=(0.2, 0.28)"], "token-mean": ["AGGREGATION=token-mean"],
-    "dr-grpo": ["AGGREGATION=dr-grpo"], "relative": ["ADVANTAGE_TYPE=relative"],
-    "batch-std": ["ADVANTAGE_TYPE=batch-std"], "reinforce++": ["ADVANTAGE_TYPE=reinforce++"],
-    "maxrl": ["ADVANTAGE_TYPE=maxrl"],
+VERIFIER_ALONE = "REWARD_WEIGHTS={'verifier': 1.0}"
+RELATIVES = {  # of GRPO: what each is called, and its constants
+    "GRPO": [],
+    **{f"`{word}`": [word] for word in (
+        "CLIP_RANGE=(0.2, 0.28)", "AGGREGATION=token-mean", "AGGREGATION=dr-grpo",
+        "ADVANTAGE_TYPE=relative", "ADVANTAGE_TYPE=batch-std", "ADVANTAGE_TYPE=reinforce++",
+        "ADVANTAGE_TYPE=maxrl")},
     "Dr. GRPO": ["AGGREGATION=dr-grpo", "ADVANTAGE_TYPE=relative"],
     "Lite-PPO": ["AGGREGATION=token-mean", "ADVANTAGE_TYPE=batch-std"]}
-EXPERTS = ["REWARD_WEIGHTS={'verifier': 1.0}", "ENTROPY_COEF=0.0", "ADVANTAGE_TYPE=normalized",
-           "MAX_STEPS=30", "EVAL_EVERY=0"]
+EXPERTS = [VERIFIER_ALONE, "ENTROPY_COEF=0.0", "ADVANTAGE_TYPE=normalized", "MAX_STEPS=30",
+           "EVAL_EVERY=0"]
 EDGE = ["LEARNING_RATE=4e-4", "MINIBATCH=32", "MOE_EPOCHS=4"]  # as in the corner of the map
 RATES, UPDATES = ("1e-4", "2e-4", "4e-4"), {1: (128, 1), 4: (64, 2), 16: (32, 4)}
 CORNERS = [("4e-4", 4), ("4e-4", 16)]  # three seeds; two elsewhere
@@ -234,7 +236,8 @@ EXPERIMENTS = {  # in the order in which they are made
                        ("dapo", ["DYNAMIC_SAMPLING=False"], "no dynamic sampling"),
                        ("dapo", ["CLIP_RANGE=0.2"], "no clip-higher"),
                        ("dapo", ["OVERLONG_CACHE=0"], "no overlong penalty")),
-    "relatives": runs(3, *(("grpo", [*ONLY, *words], label) for label, words in RELATIVES.items())),
+    "relatives": runs(3, *(("grpo", [VERIFIER_ALONE, "KL_COEF=0", *words], label)
+                           for label, words in RELATIVES.items())),
     "group_sizes": group_sizes(),
 }
 BRIEF = ("stability", "corner")  # with fewer curves in a row; and the KL of the last checkpoint
@@ -278,7 +281,7 @@ def owners():
 
 def held_out(policy, count):
     """A policy's answers to the held-out questions, `count` to each, drawn with seed 0: what
-    scored them (self_play.py as a module), the policy, the batch, and which answers are right."""
+    scored them (self_play.py as a module), the batch, and which answers are right."""
     script = results.import_file(ROOT / "RL_HAND" / "self_play" / "self_play.py")
     script.configure(["PROFILE=embedded", "DEVICE=cpu"])
     script.torch.set_num_threads(script.THREADS)
@@ -292,7 +295,7 @@ def held_out(policy, count):
     texts = tokenizer.batch_decode(batch.completion_ids.where(
         batch.completion_mask > 0, tokenizer.pad_token_id), skip_special_tokens=True)
     right = script.verify([rows[i] for i in batch.prompt_index], texts)
-    return script, policy, batch, script.torch.tensor(right) > 0
+    return script, batch, script.torch.tensor(right) > 0
 
 
 def last_checkpoint(folder):
@@ -306,24 +309,22 @@ def final_kl(folder):
     sampled to each held-out question, and scored by both. None if no checkpoint has weights."""
     if not (place := last_checkpoint(folder)):
         return {}
-    script, _, batch, _ = held_out(place, 1)
+    script, batch, _ = held_out(place, 1)
     start = script.load_policy(ROOT / "data" / "policy")
     gap = (batch.sampled_logps - script.score_without_grad(start, batch)) * batch.completion_mask
     return {"final KL per answer": float(gap.sum(1).mean()),
             "final KL per token": float(gap.sum() / batch.completion_mask.sum())}
 
 
-def lengths(folder):
-    """Mean tokens of right and of wrong answers, four to each held-out question: of the starting
-    policy and of a run's last checkpoint."""
-    found = {}
-    for when, place in (("before", ROOT / "data" / "policy"), ("after", last_checkpoint(folder))):
-        if place:
-            _, _, batch, right = held_out(place, 4)
-            tokens = batch.completion_mask.sum(1)
-            found |= {f"tokens of right answers, {when}": float(tokens[right].mean()),
-                      f"tokens of wrong answers, {when}": float(tokens[~right].mean())}
-    return found
+@functools.cache
+def lengths(policy, when):
+    """Mean tokens of a policy's right and wrong answers, four to each held-out question."""
+    if not policy:
+        return {}
+    _, batch, right = held_out(policy, 4)
+    tokens = batch.completion_mask.sum(1)
+    return {f"tokens of right answers, {when}": float(tokens[right].mean()),
+            f"tokens of wrong answers, {when}": float(tokens[~right].mean())}
 
 
 def game(folder):
@@ -391,7 +392,9 @@ def harvest(folders):
             continue
         more = {**(game(folder) if found[0] == "gad" else {}),
                 **(final_kl(folder) if found[0] == "self_play" or owner[found] in BRIEF else {}),
-                **(lengths(folder) if owner[found] == "relatives" else {})}
+                **(lengths(ROOT / "data" / "policy", "before")
+                   | lengths(last_checkpoint(folder), "after")
+                   if owner[found] == "relatives" else {})}
         row |= {name: results.number(value, 4) for name, value in more.items()}
         count += results.keep([row], owner, RUNS)
     return count

@@ -184,9 +184,9 @@ def family(found, language, *scripts):
         "sampled accuracy, after": lambda rows: over(rows, sampled),
         "greedy accuracy, before": lambda rows: over(rows, lambda row: greedy(row, 0)),
         "greedy accuracy, after": lambda rows: over(rows, greedy),
-        "steps to 0.8 sampled": lambda rows: over(rows, lambda row: reached(row, "at step")),
-        "completion tokens to 0.8": lambda rows: over(rows, lambda r: reached(r, "at num_tokens")),
-        "tokens in all": lambda rows: over(rows, lambda row: curve(row, "at num_tokens")[-1]),
+        "steps to 0.8 sampled": COLUMNS["steps to 0.8"],
+        "completion tokens to 0.8": COLUMNS["tokens to 0.8"],
+        "tokens in all": COLUMNS["tokens in all"],
         "tokens cut, first fifth": lambda rows: over(rows, lambda row: fifth(row, CUT, 0), 4),
         "tokens cut, last fifth": lambda rows: over(rows, lambda row: fifth(row, CUT), 4),
         "KL, last fifth, nats per token": lambda rows: over(rows, lambda row: fifth(row, "kl")),
@@ -394,10 +394,8 @@ def relatives(found, language):
     first = found[0][1]
     lines = [["before", over(first, lambda row: sampled(row, 0)),
               over(first, lambda row: greedy(row, 0)), "", *tokens(first, "before")]]
-    lines += [[f"`{' '.join(run.constants[len(experiments.ONLY):])}`" if run.label.islower()
-               else run.label, over(rows, sampled), over(rows, greedy),
-               over(rows, lambda row: reached(row, "at step")), *tokens(rows, "after")]
-              for run, rows in found]
+    lines += [[run.label, over(rows, sampled), over(rows, greedy), COLUMNS["steps to 0.8"](rows),
+               *tokens(rows, "after")] for run, rows in found]
     return (markdown(["", "sampled", "greedy", "steps to 0.8", "right answers, tokens",
                       "wrong answers, tokens"], lines), [row for _, rows in found for row in rows])
 
@@ -407,7 +405,7 @@ def group_sizes(found, language):
     edge, plain = ({run.label: rows for run, rows in found
                     if ("EVAL_EVERY=0" in run.constants) == short} for short in (True, False))
     lines = [[said(label, language), over(rows, sampled), over(rows, greedy),
-              over(rows, lambda row: reached(row, "at step")),
+              COLUMNS["steps to 0.8"](rows),
               over(rows, lambda row: fifth(row, "frac_reward_zero_std"), 2),
               over(edge.get(label, []), sampled, 2)] for label, rows in plain.items()]
     header = ["", "sampled after", "greedy after", "steps to 0.8",
